@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One architecture keeps the development build short; unset it for a build that serves every card.
+export XSPEC_CUDA_ARCHS ?= 90-virtual
+
+NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup e2e test lint clean
+
+setup: $(VENV)/.xspec-built
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.xspec-pinned: requirements/pinned.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pinned.txt
+	touch $@
+
+$(VENV)/.xspec-built: $(VENV)/.xspec-pinned pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --editable .
+	touch $@
+
+e2e: setup
+	$(BIN)/python bench/e2e.py --gamma 5
+
+# Triton decides at import between its interpreter and its compiler, hence two processes.
+test: setup
+	$(BIN)/python -m pytest; compiled=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest; interpreted=$$?; \
+	exit $$((compiled || interpreted))
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info xspec_kernels/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

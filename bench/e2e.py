@@ -1,0 +1,58 @@
+"""End to end: plain decoding, transformers' own arms and ours, interleaved on the same prompts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xspec_runtime.cli import run_cli
+from xspec_runtime.e2e import Options, run_e2e
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    gamma: Annotated[int, typer.Option(help="Draft tokens of a chain.")] = 5,
+    rows: Annotated[int, typer.Option(help="Rows of the merged tree, root included.")] = 16,
+    arms: Annotated[str, typer.Option(help="Comma-separated arms; empty runs all.")] = "",
+    samples: Annotated[int, typer.Option(help="Test scenes.")] = 24,
+    warmup: Annotated[int, typer.Option(help="Samples run once more before, uncounted.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    target: Annotated[str, typer.Option(help="'mini' or a folder with a causal LM.")] = "mini",
+    draft: Annotated[
+        str, typer.Option(help="'draft', 'draft_raw' (mini), or a folder with a causal LM.")
+    ] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts of a text target, one a line.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Questions of the pair, one a line.")
+    ] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="Event stream (.npy) instead of scenes.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Video that goes with --events.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Selects the test scenes.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Folder for results and plots.")] = Path(
+        "results/e2e"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Copy of results.json.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="JSON lines, one a round.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Compare lossless decoding arms; writes results.json, RESULTS.md and plots."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    values = {k: v for k, v in locals().items() if k not in ("debug", "json_file", "json")}
+    run_cli(lambda: run_e2e(Options(json_file=json_file, **values)), debug)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,52 @@
+"""The runtime: targets, drafters, the round between them, and what measures it.
+
+Names load on first use, so that the command line answers before transformers is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import SpecConfig
+    from .drafters.base import Drafter, DraftTree, Request
+    from .drafters.draft_model import ModelDrafter
+    from .drafters.merge import MergedDrafter
+    from .drafters.ngram import NgramDrafter, NgramMemory
+    from .engine import Generation, SpeculativeDecoder
+    from .targets.transformers import TransformersTarget
+
+_HOME = {
+    "SpecConfig": "config",
+    "Drafter": "drafters.base",
+    "DraftTree": "drafters.base",
+    "Request": "drafters.base",
+    "ModelDrafter": "drafters.draft_model",
+    "MergedDrafter": "drafters.merge",
+    "NgramDrafter": "drafters.ngram",
+    "NgramMemory": "drafters.ngram",
+    "Generation": "engine",
+    "SpeculativeDecoder": "engine",
+    "TransformersTarget": "targets.transformers",
+}
+
+__all__ = [
+    "DraftTree",
+    "Drafter",
+    "Generation",
+    "MergedDrafter",
+    "ModelDrafter",
+    "NgramDrafter",
+    "NgramMemory",
+    "Request",
+    "SpecConfig",
+    "SpeculativeDecoder",
+    "TransformersTarget",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

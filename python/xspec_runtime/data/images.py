@@ -1,0 +1,87 @@
+"""Image preprocessing shared by event images and video frames: resize, crop, rescale, normalize.
+
+The arithmetic is that of CLIP's processor (Pillow bicubic on bytes, then float32), which both
+EventGPT and Video-LLaVA use; torchvision is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "squash")
+
+
+def clip_preprocess(
+    image: np.ndarray,
+    size: int = 336,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    fit: str = "crop",
+) -> torch.Tensor:
+    """Turn RGB bytes into normalized model input.
+
+    ``fit="crop"`` resizes the short side to ``size`` and keeps the central square, as the published
+    models do: of a 640x480 canvas only the central 480x480 pixels survive, so 80 columns at each
+    side (a quarter of the picture) are never seen. ``fit="squash"`` resizes both sides to ``size``:
+    everything is seen, at a changed aspect ratio.
+
+    Args:
+        image: uint8 ``[H, W, 3]`` or ``[T, H, W, 3]``.
+        size: side of the square output in pixels (EventGPT 336, Video-LLaVA 224).
+        mean, std: per channel, in units of the 0..1 range.
+        fit: ``"crop"`` or ``"squash"``.
+
+    Returns:
+        float32 ``[T, 3, size, size]`` (T = 1 for a single image).
+
+    Raises:
+        ValueError: wrong dtype, shape, size, fit, mean or std.
+    """
+    frames = _as_frames(image)
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std need 3 values and std > 0, got mean={mean}, std={std}")
+    resized = np.stack([_resize(frame, size, fit) for frame in frames])
+    pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).to(torch.float32).contiguous()
+    shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+    return pixels.mul_(1 / 255).sub_(shift).div_(scale)
+
+
+def _as_frames(image: np.ndarray) -> np.ndarray:
+    array = np.asarray(image)
+    if (
+        array.dtype != np.uint8
+        or array.ndim not in (3, 4)
+        or array.shape[-1] != 3
+        or 0 in array.shape
+    ):
+        raise ValueError(
+            f"expected uint8 [H, W, 3] or [T, H, W, 3], got {array.dtype} {list(array.shape)}"
+        )
+    return array if array.ndim == 4 else array[None]
+
+
+def _resize(frame: np.ndarray, size: int, fit: str) -> np.ndarray:
+    """Resize one uint8 [H, W, 3] frame to [size, size, 3]."""
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    if fit == "squash":
+        new_height = new_width = size
+    else:
+        short = min(height, width)
+        new_height, new_width = int(size * height / short), int(size * width / short)
+    if (new_height, new_width) != (height, width):
+        picture = Image.fromarray(np.ascontiguousarray(frame))
+        frame = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return frame[top : top + size, left : left + size]

@@ -1,0 +1,105 @@
+"""What a drafter is: it sees the tokens the target has committed and proposes a tree to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+MAX_ROWS = 64  # one int64 of ancestor bits per row
+
+
+@dataclass(slots=True)
+class DraftTree:
+    """Nodes to verify. Node 0 is the root; a parent precedes its children.
+
+    Attributes:
+        tokens: token id of each node; ``tokens[0]`` is the last committed token.
+        parent_idx: parent of each node; ``parent_idx[0] == -1``.
+        scores: estimated probability that the whole path to the node is accepted;
+            never above the parent's, ``scores[0] == 1.0``.
+    """
+
+    tokens: list[int]
+    parent_idx: list[int]
+    scores: list[float]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def root(cls, token: int) -> DraftTree:
+        """A tree of one row: verifying it is a plain decoding step."""
+        return cls([token], [-1], [1.0])
+
+    @classmethod
+    def chain(
+        cls, root: int, tokens: Sequence[int], scores: Sequence[float] | None = None
+    ) -> DraftTree:
+        """The root followed by `tokens`, each the child of the one before."""
+        path = [1.0] * len(tokens) if scores is None else list(scores)
+        return cls([root, *tokens], list(range(-1, len(tokens))), [1.0, *path])
+
+    def add(self, parent: int, token: int, score: float) -> int:
+        """Append a node below `parent`; returns its index."""
+        self.tokens.append(token)
+        self.parent_idx.append(parent)
+        self.scores.append(score)
+        return len(self.tokens) - 1
+
+    def best(self, rows: int) -> DraftTree:
+        """The `rows` nodes of highest score; a parent never scores below its child, so paths stay
+        whole.
+        """
+        if len(self) <= rows:
+            return self
+        ranked = sorted(range(1, len(self)), key=lambda i: (-self.scores[i], i))
+        kept = [0, *sorted(ranked[: rows - 1])]
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        return DraftTree(
+            [self.tokens[i] for i in kept],
+            [place[self.parent_idx[i]] for i in kept],
+            [self.scores[i] for i in kept],
+        )
+
+    def accept(self, targets: Sequence[int]) -> list[int]:
+        """Greedy accepted path, root excluded, given the target's token after each node."""
+        path: list[int] = []
+        node = 0
+        for i in range(1, len(self.tokens)):
+            if self.parent_idx[i] == node and self.tokens[i] == targets[node]:
+                path.append(i)
+                node = i
+        return path
+
+
+@dataclass(slots=True)
+class Request:
+    """What a drafter may know of a request before the first token.
+
+    Attributes:
+        prompt_ids: prompt tokens without media placeholders.
+        draft_inputs: keyword tensors for a draft model's prefill (token ids, event images).
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
+    draft_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes trees. It never sees a token the target has not committed (DESIGN: no future)."""
+
+    name: str
+
+    def begin(self, request: Request) -> None:
+        """A request starts; nothing of its answer is known."""
+
+    def propose(self, context: Sequence[int], rows: int) -> DraftTree:
+        """A tree of at most `rows` nodes whose root is ``context[-1]``.
+
+        `context` is the answer so far (at least one token); calls of one request only extend it.
+        """
+
+    def end(self, answer: Sequence[int]) -> None:
+        """The request is over; `answer` is everything the target emitted."""

@@ -1,0 +1,94 @@
+"""A model as drafter: it decodes greedily from the verified prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..kv_cache import KVCache
+from .base import DraftTree, Request
+
+
+class ModelDrafter:
+    """A chain of `gamma` tokens from a causal model with the target's vocabulary.
+
+    The draft reads its own prompt (`Request.draft_inputs`: `input_ids` ``[1, L]`` and media) and
+    then the target's committed tokens, so it always continues the verified prefix. Its KV rows of
+    accepted drafts are kept, those of rejected ones dropped.
+
+    Args:
+        siblings: runner-up tokens added beside every chain token, as leaves.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gamma: int,
+        siblings: int = 0,
+        name: str = "draft",
+        capacity: int = 1024,
+    ) -> None:
+        if gamma < 1:
+            raise ValueError(f"gamma must be at least 1, got {gamma}")
+        self.name = name
+        self.model = model
+        self.gamma = gamma
+        self.siblings = siblings
+        text = model.config.get_text_config()
+        self.cache = KVCache(text.num_hidden_layers, capacity)
+        self._prompt = 0
+        self._fed: list[int] = []
+
+    @torch.inference_mode()
+    def begin(self, request: Request) -> None:
+        inputs = dict(request.draft_inputs)
+        if "input_ids" not in inputs:
+            raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
+        self.cache.reset()
+        self._forward(logits_to_keep=1, **inputs)
+        self._prompt = self.cache.length
+        self._fed = []
+
+    @torch.inference_mode()
+    def propose(self, context: Sequence[int], rows: int) -> DraftTree:
+        tree = DraftTree.root(context[-1])
+        pending = self._rewind(context)
+        node, score = 0, 1.0
+        for _ in range(min(self.gamma, rows - 1)):
+            self._fed += pending
+            logits = self._forward(torch.tensor([pending], device=self.model.device))
+            best = logits.softmax(-1).topk(1 + self.siblings)
+            probabilities, tokens = best.values.tolist(), best.indices.tolist()
+            parent = node
+            node = tree.add(parent, tokens[0], score * probabilities[0])
+            for token, probability in zip(tokens[1:], probabilities[1:], strict=True):
+                tree.add(parent, token, score * probability)
+            score *= probabilities[0]
+            pending = [tokens[0]]
+        return tree.best(rows)
+
+    def end(self, answer: Sequence[int]) -> None:
+        """Nothing is learned."""
+
+    def _rewind(self, context: Sequence[int]) -> list[int]:
+        """Drop KV rows that do not belong to `context`; returns its tokens not yet fed (at least
+        one).
+        """
+        same = 0
+        limit = min(len(self._fed), len(context) - 1)
+        while same < limit and self._fed[same] == context[same]:
+            same += 1
+        self._fed = self._fed[:same]
+        self.cache.truncate(self._prompt + same)
+        return list(context[same:])
+
+    def _forward(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        self.cache.check_room(input_ids.shape[1])
+        kwargs["logits_to_keep"] = 1
+        logits = self.model(
+            input_ids=input_ids, past_key_values=self.cache, use_cache=True, **kwargs
+        ).logits
+        self.cache.advance(input_ids.shape[1])
+        return logits[0, -1]

@@ -1,0 +1,260 @@
+"""What an end-to-end comparison runs on: a pair of models, its tasks and the arms that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .arms import Arm, DecoderArm, HfArm, Task
+from .config import SpecConfig
+from .data.captions import QUESTIONS
+from .data.scenes import make_sample
+from .drafters.base import Drafter, Request
+from .drafters.draft_model import ModelDrafter
+from .drafters.merge import MergedDrafter
+from .drafters.ngram import NgramDrafter, NgramMemory
+from .engine import SpeculativeDecoder
+from .models import mini
+from .targets.transformers import TransformersTarget
+
+PLAIN = "target"
+# Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
+MAX_MATCHING_NGRAM = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arms of one run share.
+
+    Attributes:
+        gamma: draft tokens of a chain.
+        rows: rows of the merged tree.
+    """
+
+    gamma: int = 5
+    rows: int = 16
+    max_new_tokens: int = mini.MAX_NEW_TOKENS
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    backend: str = "auto"
+
+
+@dataclass
+class Workload:
+    """Tasks and arms.
+
+    Attributes:
+        decode: ids to text.
+        seen: answers known verbatim before the run (None: not applicable).
+    """
+
+    tasks: list[Task]
+    arms: dict[str, Callable[[], Arm]]
+    decode: Callable[[Sequence[int]], str]
+    seen: set[tuple[int, ...]] | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class MiniPair:
+    """The embedded pair, loaded once; builds tasks and arms."""
+
+    def __init__(self, settings: Settings, draft: str = "draft") -> None:
+        self.settings = settings
+        self.tokenizer = mini.load_tokenizer()
+        self.answers = mini.load_answers()
+        self.target_model = self._load("target")
+        self.target = TransformersTarget(self.target_model, backend=settings.backend)
+        self.draft_model = self._load(draft)
+
+    def _load(self, name: str):
+        return mini.load(name, device=self.settings.device, dtype=self.settings.dtype)
+
+    def task(
+        self, name: str, question: str, video: np.ndarray, events: np.ndarray | None = None
+    ) -> Task:
+        """One request; `video` uint8 ``[8, 64, 64, 3]``, `events` uint8 ``[64, 64, 3]``."""
+        move = self._move
+        prompt = mini.Prompt.of(question, self.tokenizer)
+        draft = {} if events is None else move(mini.draft_inputs(question, events, self.tokenizer))
+        request = Request([*prompt.before, *prompt.after], draft)
+        return Task(name, move(mini.target_inputs(question, video, self.tokenizer)), request)
+
+    def scene_tasks(
+        self, count: int, seed: int = 0, questions: Sequence[str] = QUESTIONS
+    ) -> list[Task]:
+        """Unseen scenes, questions in turn."""
+        tasks = []
+        for i in range(count):
+            sample = make_sample(mini.TEST_SEED + 100_000 * seed + i)
+            question = questions[i % len(questions)]
+            tasks.append(self.task(f"scene {i}", question, sample.video, sample.event_image))
+        return tasks
+
+    def memory(self) -> NgramMemory:
+        """The target's answers on training scenes."""
+        memory = NgramMemory()
+        for answer in self.answers:
+            memory.add(answer)
+        return memory
+
+    def drafter(self, name: str) -> Drafter | None:
+        """A fresh drafter: draft, ngram, ngram_cold, tree; None for plain decoding."""
+        gamma = self.settings.gamma
+        if name == PLAIN:
+            return None
+        if name == "draft":
+            return ModelDrafter(self.draft_model, gamma)
+        if name == "ngram_cold":
+            return NgramDrafter(NgramMemory(), online=True, name=name)
+        if name == "ngram":
+            return NgramDrafter(self.memory(), online=True, name=name)
+        memory = NgramDrafter(self.memory(), online=True)
+        return MergedDrafter([memory, ModelDrafter(self.draft_model, gamma, siblings=2)])
+
+    def decoder(self, name: str) -> SpeculativeDecoder:
+        """A decoder with the named drafter on the shared target."""
+        s = self.settings
+        rows = {PLAIN: 1, "tree": s.rows}.get(name, s.gamma + 1)
+        config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,))
+        return SpeculativeDecoder(self.target, self.drafter(name), config)
+
+    def workload(self, tasks: list[Task]) -> Workload:
+        """All arms over `tasks`."""
+        s = self.settings
+        common = {
+            "max_new_tokens": s.max_new_tokens,
+            "eos_token_id": mini.EOS,
+            "pad_token_id": mini.PAD,
+        }
+
+        def hf(name: str, plain: bool, **options) -> Callable[[], Arm]:
+            # A model of its own: transformers' arms run on transformers' own attention.
+            return lambda: HfArm(name, self._load("target"), plain, **common, **options)
+
+        def ours(name: str) -> Callable[[], Arm]:
+            return lambda: DecoderArm(name, self.decoder(name))
+
+        def assisted() -> Arm:
+            assistant = self._load("assistant")
+            assistant.generation_config.num_assistant_tokens = s.gamma
+            assistant.generation_config.num_assistant_tokens_schedule = "constant"
+            assistant.generation_config.assistant_confidence_threshold = 0.0
+            return HfArm(
+                "hf_assisted", self._load("target"), False, assistant_model=assistant, **common
+            )
+
+        arms = {
+            PLAIN: ours(PLAIN),
+            "hf_generate": hf("hf_generate", True),
+            "hf_prompt_lookup": hf(
+                "hf_prompt_lookup",
+                False,
+                prompt_lookup_num_tokens=s.gamma,
+                max_matching_ngram_size=MAX_MATCHING_NGRAM,
+            ),
+            "hf_assisted": assisted,
+            **{name: ours(name) for name in ("draft", "ngram", "ngram_cold", "tree")},
+        }
+        seen = {tuple(a) for a in self.answers}
+        record = {"pair": "embedded", "training_scenes_in_memory": len(self.answers)}
+        return Workload(
+            tasks, arms, lambda ids: mini.decode_answer(list(ids), self.tokenizer), seen, record
+        )
+
+    def _move(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        s = self.settings
+        return {
+            key: value.to(s.device, s.dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+        }
+
+
+def text_workload(
+    settings: Settings, target: Path, prompts: Sequence[str], draft: Path | None = None
+) -> Workload:
+    """A causal language model in a local folder, its chat template applied to `prompts`.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: the draft's vocabulary has another size than the target's.
+    """
+    for folder in filter(None, (target, draft)):
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
+
+    def load(folder: Path):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype)
+        return model.eval().to(settings.device).requires_grad_(False)
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = load(target)
+    draft_model = load(draft) if draft else None
+    sizes = [m.config.get_text_config().vocab_size for m in (model, draft_model) if m]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"target and draft must share a vocabulary, got sizes {sizes}")
+    tasks = []
+    for i, prompt in enumerate(prompts):
+        ids = _chat_ids(tokenizer, prompt).to(settings.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tasks.append(Task(f"prompt {i}", inputs, Request(ids[0].tolist(), inputs)))
+    longest = max(t.inputs["input_ids"].shape[1] for t in tasks)
+    capacity = longest + settings.max_new_tokens + settings.rows + settings.gamma + 1
+    runner = TransformersTarget(model, capacity, settings.backend)
+    ends = model.generation_config.eos_token_id
+    ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    common = {
+        "max_new_tokens": settings.max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id or 0,
+    }
+
+    def ours(name: str, rows: int, make: Callable[[], Drafter | None]) -> Callable[[], Arm]:
+        config = SpecConfig(rows, settings.max_new_tokens, ends)
+        return lambda: DecoderArm(name, SpeculativeDecoder(runner, make(), config))
+
+    def ngram() -> Drafter:
+        return NgramDrafter(NgramMemory(), online=True, name="ngram_cold")
+
+    def drafted(siblings: int = 0) -> Drafter:
+        return ModelDrafter(draft_model, settings.gamma, siblings, capacity=capacity)
+
+    def tree() -> Drafter:
+        return MergedDrafter([ngram(), drafted(2)]) if draft_model else ngram()
+
+    lookup = {
+        "prompt_lookup_num_tokens": settings.gamma,
+        "max_matching_ngram_size": MAX_MATCHING_NGRAM,
+    }
+    arms: dict[str, Callable[[], Arm]] = {
+        PLAIN: ours(PLAIN, 1, lambda: None),
+        "hf_generate": lambda: HfArm("hf_generate", load(target), True, **common),
+        "hf_prompt_lookup": lambda: HfArm(
+            "hf_prompt_lookup", load(target), False, **lookup, **common
+        ),
+        "ngram_cold": ours("ngram_cold", settings.gamma + 1, ngram),
+        "tree": ours("tree", settings.rows, tree),
+    }
+    if draft_model:
+        arms["hf_assisted"] = lambda: HfArm(
+            "hf_assisted", load(target), False, assistant_model=load(draft), **common
+        )
+        arms["draft"] = ours("draft", settings.gamma + 1, drafted)
+    return Workload(
+        tasks,
+        arms,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        None,
+        {"pair": str(target)},
+    )
+
+
+def _chat_ids(tokenizer, prompt: str) -> torch.Tensor:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -1,0 +1,202 @@
+"""The round: lossless against transformers' generate, whatever is drafted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+
+from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
+from xspec_runtime.config import SpecConfig
+from xspec_runtime.drafters.base import DraftTree, Request
+from xspec_runtime.drafters.draft_model import ModelDrafter
+from xspec_runtime.engine import SpeculativeDecoder
+from xspec_runtime.targets.transformers import TransformersTarget, near_ties
+
+NEW = 60
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 16, 33, 64])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_tokens_equal_generate(rows: int, kv_heads: int) -> None:
+    model, ids = tiny_llama(kv_heads, kv_heads), prompt(kv_heads)
+    truth = reference(model, ids, NEW)
+    drafter = OracleDrafter(truth, seed=rows)
+    decoder = SpeculativeDecoder(TransformersTarget(model, 256), drafter, SpecConfig(rows, NEW))
+    for _ in range(2):
+        out = decoder.generate({"input_ids": ids})
+        assert out.tokens == truth
+        assert drafter.ended == truth
+        assert sum(r.emitted for r in out.rounds) == NEW - 1
+    if rows > 2:
+        assert out.tokens_per_verify > 1.5
+
+
+@pytest.mark.parametrize("hit", [0.0, 1.0])
+def test_none_and_all_accepted(hit: float) -> None:
+    model, ids = tiny_llama(3), prompt(3)
+    truth = reference(model, ids, NEW)
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 0, hit), SpecConfig(16, NEW)
+    )
+    out = decoder.generate({"input_ids": ids})
+    assert out.tokens == truth
+
+
+def test_end_of_sequence_inside_an_accepted_path() -> None:
+    model, ids = tiny_llama(5), prompt(5)
+    truth = reference(model, ids, NEW)
+    stop = truth[17]
+    expected = truth[: truth.index(stop) + 1]
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 1, 1.0), SpecConfig(33, NEW, (stop,))
+    )
+    seen: list[int] = []
+    out = decoder.generate({"input_ids": ids}, on_tokens=seen.extend)
+    assert out.tokens == expected == seen
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 7])
+def test_budget_inside_an_accepted_path(budget: int) -> None:
+    model, ids = tiny_llama(6), prompt(6)
+    truth = reference(model, ids, NEW)
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 1, 1.0), SpecConfig(16, budget)
+    )
+    assert decoder.generate({"input_ids": ids}).tokens == truth[:budget]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_draft_model_rewinds_to_the_verified_prefix(same: bool) -> None:
+    model, ids = tiny_llama(7), prompt(7)
+    truth = reference(model, ids, NEW)
+    draft = ModelDrafter(tiny_llama(7 if same else 8), gamma=5)
+    config = SpecConfig.chain(5, max_new_tokens=NEW)
+    decoder = SpeculativeDecoder(TransformersTarget(model, 256), draft, config)
+    request = Request(draft_inputs={"input_ids": ids})
+    for _ in range(2):
+        out = decoder.generate({"input_ids": ids}, request)
+        assert out.tokens == truth
+        # The same weights predict the target: every round but the last accepts everything.
+        assert not same or all(r.accepted == 5 for r in out.rounds[:-1])
+
+
+def test_draft_siblings_stay_within_rows() -> None:
+    draft = ModelDrafter(tiny_llama(9), gamma=5, siblings=3)
+    draft.begin(Request(draft_inputs={"input_ids": prompt(9)}))
+    tree = draft.propose([4, 9, 2], rows=8)
+    assert len(tree) <= 8
+    assert all(tree.scores[i] <= tree.scores[p] for i, p in enumerate(tree.parent_idx) if p >= 0)
+
+
+def test_video_llava_equals_generate() -> None:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+    )
+    config = VideoLlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=126, video_token_index=127
+    )
+    model = VideoLlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = torch.tensor([[1, 4, *[127] * 20, 6, 5]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(1, 4, 3, 28, 28),
+    }
+    out = model.generate(
+        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    truth = out[0, ids.shape[1] :].tolist()
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 2), SpecConfig(16, 40)
+    )
+    assert decoder.generate(inputs).tokens == truth
+
+
+def test_rounds_report_rows_and_times() -> None:
+    model, ids = tiny_llama(1), prompt(1)
+    truth = reference(model, ids, NEW)
+    trees: list[DraftTree] = []
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 1), SpecConfig(6, NEW)
+    )
+    out = decoder.generate({"input_ids": ids}, on_round=lambda tree, *_: trees.append(tree))
+    assert [len(t) for t in trees] == [r.rows for r in out.rounds]
+    parts = sum(r.propose_ms + r.verify_ms for r in out.rounds)
+    assert 0 < parts <= out.decode_ms
+
+
+def test_near_ties_counts_gaps_below_two_ulp() -> None:
+    ulp = torch.finfo(torch.float32).eps * 4
+    logits = torch.tensor([[4.0, 4.0 + ulp, 0.0], [4.0, 4.0 + 2 * ulp, 0.0], [4.0, 4.0, 4.0]])
+    assert near_ties(logits) == 2
+
+
+def test_nan_weights_are_an_error() -> None:
+    model = tiny_llama(2)
+    model.lm_head.weight[5] = float("nan")
+    decoder = SpeculativeDecoder(TransformersTarget(model, 256), None, SpecConfig(1, NEW))
+    with pytest.raises(RuntimeError, match="logits are NaN"):
+        decoder.generate({"input_ids": prompt(2)})
+
+
+def test_full_cache_is_one_clear_error() -> None:
+    model, ids = tiny_llama(2), prompt(2)
+    decoder = SpeculativeDecoder(TransformersTarget(model, 30), None, SpecConfig(1, NEW))
+    with pytest.raises(RuntimeError, match="capacity 30"):
+        decoder.generate({"input_ids": ids})
+
+
+def test_sliding_windows_are_refused() -> None:
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    with pytest.raises(ValueError, match="sliding"):
+        TransformersTarget(MistralForCausalLM(config))
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_batches_are_refused(batch: int) -> None:
+    target = TransformersTarget(tiny_llama(0), 64)
+    with pytest.raises(ValueError, match="input_ids must be"):
+        target.prefill({"input_ids": prompt(0).expand(batch, -1)})
+
+
+@pytest.mark.parametrize("values", [{"rows": 0}, {"rows": 65}, {"max_new_tokens": 0}])
+def test_settings_out_of_range(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(values)))):
+        SpecConfig(**values)
+
+
+@pytest.mark.parametrize("gamma", [0, 64])
+def test_gamma_out_of_range(gamma: int) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        SpecConfig.chain(gamma)
