@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One architecture keeps the development build short; unset it for a build that serves every card.
+TRITON := triton==3.6.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One architecture keeps the development build short; empty, the build serves every card.
 export XSPEC_CUDA_ARCHS ?= 90-virtual
 
 NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
@@ -14,13 +16,14 @@ setup: $(VENV)/.xspec-built
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.xspec-pinned: requirements/pinned.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pinned.txt
+# A CPU build of torch comes without Triton; then the version is ours to choose.
+$(VENV)/.xspec-pinned: requirements/pinned.txt Makefile | $(BIN)/python
+	$(PIP) -r requirements/pinned.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
 	touch $@
 
 $(VENV)/.xspec-built: $(VENV)/.xspec-pinned pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --no-build-isolation --no-deps --editable .
+	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 e2e: setup

@@ -17,6 +17,7 @@ from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.draft_model import ModelDrafter
+from xspec_runtime.drafters.llama_steps import LlamaSteps
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.targets.transformers import TransformersTarget, near_ties
 
@@ -200,3 +201,32 @@ def test_settings_out_of_range(values: dict[str, int]) -> None:
 def test_gamma_out_of_range(gamma: int) -> None:
     with pytest.raises(ValueError, match="gamma"):
         SpecConfig.chain(gamma)
+
+
+def test_fast_steps_equal_the_model() -> None:
+    model = tiny_llama(4, kv_heads=2)
+    ids = prompt(4)
+    drafters = [ModelDrafter(model, gamma=4, siblings=2) for _ in range(2)]
+    assert isinstance(drafters[0]._steps, LlamaSteps)
+    drafters[1]._steps = drafters[1]._step
+    for drafter in drafters:
+        drafter.begin(Request(draft_inputs={"input_ids": ids}))
+    context = [5]
+    for more in ([9, 7], [3], [8, 8, 8, 1]):
+        fast, slow = (d.propose(context, 64) for d in drafters)
+        assert fast.tokens == slow.tokens and fast.parent_idx == slow.parent_idx
+        assert fast.scores == pytest.approx(slow.scores, rel=1e-3)
+        context = [*context, *fast.tokens[1:2], *more]
+
+
+def test_fast_steps_leave_other_models_alone() -> None:
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+    )
+    assert not LlamaSteps.fits(MistralForCausalLM(config))

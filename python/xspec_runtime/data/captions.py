@@ -32,36 +32,28 @@ QUESTIONS = (
 
 _ROAD = {"trees": "road", "buildings": "street", "mountains": "mountain road"}
 _NOUN = {
-    "car": {"day": "car", "night": "sedan", "sunset": "hatchback"},
-    "truck": {"day": "truck", "night": "lorry", "sunset": "pickup"},
-    "bus": {"day": "bus", "night": "coach", "sunset": "minibus"},
+    "car": {True: "car", False: "sedan"},
+    "truck": {True: "truck", False: "lorry"},
+    "bus": {True: "bus", False: "coach"},
 }
 _VERB = {
-    "away": {
-        "trees": "driving down the road",
-        "buildings": "moving along the street",
-        "mountains": "heading up the mountain road",
-    },
+    "away": {"trees": "driving away", "buildings": "moving along", "mountains": "heading up"},
     "toward": {
-        "trees": "approaching on the road",
-        "buildings": "coming towards the camera",
-        "mountains": "driving towards the viewer",
+        "trees": "approaching",
+        "buildings": "coming closer",
+        "mountains": "driving towards the camera",
     },
-    "cross": {
-        "trees": "crossing the road",
-        "buildings": "turning across the street",
-        "mountains": "passing from side to side",
-    },
+    "cross": {"trees": "crossing", "buildings": "turning across", "mountains": "passing by"},
     "parked": {
-        "trees": "parked on the side of the road",
+        "trees": "parked by the road",
         "buildings": "standing at the curb",
-        "mountains": "stopped by the roadside",
+        "mountains": "stopped",
     },
 }
 _WHERE = {
-    "car": {"left": "on the left side", "middle": "in the middle", "right": "on the right side"},
-    "truck": {"left": "to the left", "middle": "straight ahead", "right": "to the right"},
-    "bus": {"left": "in the left lane", "middle": "in the center", "right": "in the right lane"},
+    "day": {"left": "on the left", "middle": "in the middle", "right": "on the right"},
+    "night": {"left": "to the left", "middle": "straight ahead", "right": "to the right"},
+    "sunset": {"left": "at the left", "middle": "in the center", "right": "at the right"},
 }
 _COUNT = {1: "one vehicle", 2: "two vehicles", 3: "three vehicles"}
 _SALIENCE = {"cross": 0, "toward": 1, "away": 2, "parked": 3}
@@ -120,17 +112,17 @@ def target_caption(scene: Scene) -> str:
     }[time]
     items = [_vehicle_item(v, scene) for v in _by_salience(scene)]
     if scene.pedestrian == "walking":
-        items.insert(0, f"a person walking across the {road}")
+        items.insert(0, "a person walking")
     elif scene.pedestrian == "standing":
-        items.append("a person standing on the sidewalk")
+        items.append("a person standing")
     if scene.light == "red":
         items.insert(0, "a red traffic light")
     elif scene.light == "green":
         items.append("a green traffic light")
     backdrop = {
-        "trees": "green trees along the road",
+        "trees": "green trees",
         "buildings": "tall buildings",
-        "mountains": "a beautiful view of the mountains",
+        "mountains": "mountains",
     }[background]
     listing = f"{', '.join(items)}, and {backdrop} in the background."
     counted = f"{_COUNT[len(scene.vehicles)]} on the {road}:"
@@ -175,14 +167,14 @@ def _by_salience(scene: Scene) -> list[Vehicle]:
 
 
 def _vehicle_item(vehicle: Vehicle, scene: Scene) -> str:
-    noun = _NOUN[vehicle.kind][scene.time]
+    noun = _NOUN[vehicle.kind][scene.driving]
     verb = _VERB[vehicle.motion][scene.background]
-    return f"a {vehicle.color} {noun} {verb} {_WHERE[vehicle.kind][vehicle.slot]}"
+    return f"a {vehicle.color} {noun} {verb} {_WHERE[scene.time][vehicle.slot]}"
 
 
 def _advice(scene: Scene) -> str:
     first = _by_salience(scene)[0]
-    noun = _NOUN[first.kind][scene.time]
+    noun = _NOUN[first.kind][scene.driving]
     if scene.light == "red":
         return "The driver must stop for the red light."
     if scene.pedestrian == "walking":
@@ -190,7 +182,7 @@ def _advice(scene: Scene) -> str:
     if first.motion == "cross":
         return f"The driver has to wait for the {first.color} {noun}."
     if first.motion == "toward":
-        return f"The driver should watch the {noun} {_WHERE[first.kind][first.slot]}."
+        return f"The driver should watch the {noun} {_WHERE[scene.time][first.slot]}."
     if scene.light == "green":
         return "The light shows that the driver can go."
     return (

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xspec_runtime.data.images import CLIP_MEAN, CLIP_STD, clip_preprocess
-from xspec_runtime.data.pickled import read_pickled_arrays
+from .images import CLIP_MEAN, CLIP_STD, clip_preprocess
+from .pickled import read_pickled_arrays
 
 __all__ = [
     "CLIP_MEAN",
@@ -79,12 +79,8 @@ class Events:
             low, high = int(arrays[name].min()), int(arrays[name].max())
             if low < 0 or high >= limit:
                 bad = low if low < 0 else high
-                what = (
-                    "polarity must be 0 or 1"
-                    if name == "p"
-                    else f"{name} must be in 0..{limit - 1}"
-                )
-                raise ValueError(f"{what} ({width}x{height} canvas), got {bad}")
+                what = "polarity p" if name == "p" else f"{name} on a {width}x{height} canvas"
+                raise ValueError(f"{what} must be in 0..{limit - 1}, got {bad}")
         time = arrays["t"]
         if int(time.max()) > np.iinfo(np.int64).max:
             raise ValueError(f"t must fit int64 microseconds, got {int(time.max())}")
@@ -157,7 +153,9 @@ def _read_npz(data: bytes) -> dict[str, np.ndarray]:
                 raise ValueError(f"unpacks to more than {MAX_BYTES >> 30} GiB")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in FIELDS if name in archive.files}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(f"truncated or damaged .npz file ({error})") from error
 
 
@@ -170,7 +168,7 @@ def _read_npy(data: bytes) -> Mapping[str, np.ndarray]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read_header(stream)
-    except (ValueError, KeyError) as error:
+    except Exception as error:
         raise ValueError("truncated file or damaged .npy header") from error
     body = data[stream.tell() :]
     if dtype.kind == "O" and shape == ():

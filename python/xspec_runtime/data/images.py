@@ -42,18 +42,35 @@ def clip_preprocess(
     Raises:
         ValueError: wrong dtype, shape, size, fit, mean or std.
     """
-    frames = _as_frames(image)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std need 3 values and std > 0, got mean={mean}, std={std}")
+    frames = resize(_as_frames(image), size, fit)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32).contiguous()
+    shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+    return pixels.mul_(1 / 255).sub_(shift).div_(scale)
+
+
+def resize(frames: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
+    """Bring frames to a square of ``size`` pixels; what ``fit`` does is said in `clip_preprocess`.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``.
+        size, fit: as in `clip_preprocess`.
+
+    Returns:
+        uint8 ``[T, size, size, 3]``.
+
+    Raises:
+        ValueError: wrong dtype, shape, size or fit.
+    """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std need 3 values and std > 0, got mean={mean}, std={std}")
-    resized = np.stack([_resize(frame, size, fit) for frame in frames])
-    pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-    shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
-    return pixels.mul_(1 / 255).sub_(shift).div_(scale)
+    if np.ndim(frames) != 4:
+        raise ValueError(f"expected uint8 [T, H, W, 3], got shape {list(np.shape(frames))}")
+    return np.stack([_resize_one(frame, size, fit) for frame in _as_frames(frames)])
 
 
 def _as_frames(image: np.ndarray) -> np.ndarray:
@@ -70,7 +87,7 @@ def _as_frames(image: np.ndarray) -> np.ndarray:
     return array if array.ndim == 4 else array[None]
 
 
-def _resize(frame: np.ndarray, size: int, fit: str) -> np.ndarray:
+def _resize_one(frame: np.ndarray, size: int, fit: str) -> np.ndarray:
     """Resize one uint8 [H, W, 3] frame to [size, size, 3]."""
     from PIL import Image
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..kv_cache import KVCache
 from .base import DraftTree, Request
+from .llama_steps import LlamaSteps
 
 
 class ModelDrafter:
@@ -20,6 +21,8 @@ class ModelDrafter:
 
     Args:
         siblings: runner-up tokens added beside every chain token, as leaves.
+        floor: the chain ends where the probability of its path falls below this; a step costs more
+            than such a token is worth.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class ModelDrafter:
         model: PreTrainedModel,
         gamma: int,
         siblings: int = 0,
+        floor: float = 0.0,
         name: str = "draft",
         capacity: int = 1024,
     ) -> None:
@@ -36,8 +40,10 @@ class ModelDrafter:
         self.model = model
         self.gamma = gamma
         self.siblings = siblings
+        self.floor = floor
         text = model.config.get_text_config()
         self.cache = KVCache(text.num_hidden_layers, capacity)
+        self._steps = LlamaSteps(model, self.cache) if LlamaSteps.fits(model) else self._step
         self._prompt = 0
         self._fed: list[int] = []
 
@@ -47,7 +53,7 @@ class ModelDrafter:
         if "input_ids" not in inputs:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
         self.cache.reset()
-        self._forward(logits_to_keep=1, **inputs)
+        self._forward(**inputs)
         self._prompt = self.cache.length
         self._fed = []
 
@@ -58,7 +64,7 @@ class ModelDrafter:
         node, score = 0, 1.0
         for _ in range(min(self.gamma, rows - 1)):
             self._fed += pending
-            logits = self._forward(torch.tensor([pending], device=self.model.device))
+            logits = self._steps(pending)
             best = logits.softmax(-1).topk(1 + self.siblings)
             probabilities, tokens = best.values.tolist(), best.indices.tolist()
             parent = node
@@ -66,6 +72,8 @@ class ModelDrafter:
             for token, probability in zip(tokens[1:], probabilities[1:], strict=True):
                 tree.add(parent, token, score * probability)
             score *= probabilities[0]
+            if score < self.floor:
+                break
             pending = [tokens[0]]
         return tree.best(rows)
 
@@ -84,7 +92,11 @@ class ModelDrafter:
         self.cache.truncate(self._prompt + same)
         return list(context[same:])
 
+    def _step(self, tokens: list[int]) -> torch.Tensor:
+        return self._forward(torch.tensor([tokens], device=self.model.device))
+
     def _forward(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        """One pass through the model itself; logits ``[V]`` after the last token."""
         self.cache.check_room(input_ids.shape[1])
         kwargs["logits_to_keep"] = 1
         logits = self.model(

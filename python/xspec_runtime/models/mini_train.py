@@ -44,9 +44,9 @@ class Plan:
 
     scenes: int = 7000
     held_out: int = 500
-    tower_steps: int = 1000
-    target_steps: int = 800
-    four_frame_share: float = 0.75
+    tower_steps: int = 1200
+    target_steps: int = 1600
+    four_frame_share: float = 0.62
     draft_tower_steps: int = 600
     draft_steps: int = 700
     answers: int = 3000
@@ -216,39 +216,56 @@ def tower_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_tower(run: Run, name: str, tower: nn.Module, features, images: np.ndarray, steps: int):
-    """Attribute heads on the CLS token and on the flattened patches of single images."""
-    width = tower.config.hidden_size
-    heads = nn.ModuleDict(
-        {
-            "cls": nn.ModuleList(nn.Linear(width, n) for n in sc.FACT_SIZES),
-            "patches": nn.ModuleList(
-                nn.Linear((mini.PATCH_TOKENS - 1) * width, n) for n in sc.FACT_SIZES
-            ),
-        }
-    )
-    modules = nn.ModuleDict({"tower": tower, "heads": heads})
+    """Attribute heads on the CLS token and on the patches of single images, and on pairs of them.
 
-    def losses(pixels: torch.Tensor, facts: torch.Tensor):
-        out = features(tower, pixels)
-        for head, x in ((heads["cls"], out[:, 0]), (heads["patches"], out[:, 1:].flatten(1))):
-            for i, linear in enumerate(head):
-                yield F.cross_entropy(linear(x), facts[:, i])
+    The pair, an early and a late frame, makes features carry what only changes between frames:
+    motion, and the camera's own.
+    """
+    width = tower.config.hidden_size
+    seen = min(2, images.shape[1])
+    patches = (mini.PATCH_TOKENS - 1) * width
+
+    def classifiers(inputs: int) -> nn.ModuleList:
+        return nn.ModuleList(nn.Linear(inputs, n) for n in sc.FACT_SIZES)
+
+    heads = nn.ModuleDict({"cls": classifiers(width), "patches": classifiers(patches)})
+    if seen > 1:
+        heads["pair"] = classifiers(seen * patches)
+    modules = nn.ModuleDict({"tower": tower, "heads": heads})
+    size = 64 // seen
+
+    def outputs(rows: torch.Tensor, frames: torch.Tensor, brightness: torch.Tensor):
+        """Each group of heads with its input ``[rows x images, width]``."""
+        x = mini.pixels(images[rows[:, None].numpy(), frames.numpy()])
+        out = features(tower, ((x + 1) * brightness - 1).flatten(0, 1))
+        yield heads["cls"], out[:, 0]
+        yield heads["patches"], out[:, 1:].flatten(1)
+        if seen > 1:
+            yield heads["pair"], out[:, 1:].unflatten(0, frames.shape).flatten(1)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        rows = _batch(generator, run.train, 64)
-        frames = _batch(generator, images.shape[1], 64)
-        x = mini.pixels(images[rows.numpy(), frames.numpy()])
-        if images.shape[1] > 1:
-            x = (x + 1) * (0.9 + 0.2 * torch.rand(64, 1, 1, 1, generator=generator)) - 1
-        return sum(losses(x, run.facts[rows]))
+        rows = _batch(generator, run.train, size)
+        half = images.shape[1] // 2
+        early = torch.randint(0, max(half, 1), (size, 1), generator=generator)
+        frames = torch.cat([early, early + half], 1)[:, :seen]
+        brightness = torch.ones(size, 1, 1, 1, 1)
+        if seen > 1:
+            brightness = 0.9 + 0.2 * torch.rand(size, 1, 1, 1, 1, generator=generator)
+        facts = run.facts[rows]
+        return sum(
+            F.cross_entropy(linear(x), facts[:, i].repeat_interleave(len(x) // size))
+            for head, x in outputs(rows, frames, brightness)
+            for i, linear in enumerate(head)
+        )
 
     run.fit(name, modules, steps, loss)
     with torch.no_grad():
-        held = slice(run.train, None)
-        out = features(tower, mini.pixels(images[held, images.shape[1] // 2]))
+        rows = torch.arange(run.train, run.plan.scenes)
+        frames = torch.tensor([[0, images.shape[1] // 2]])[:, -seen:].expand(len(rows), -1)
+        *_, (head, x) = outputs(rows, frames, torch.ones(1, 1, 1, 1, 1))
         right = [
-            (h(out[:, 1:].flatten(1)).argmax(-1) == run.facts[held, i]).float().mean().item()
-            for i, h in enumerate(heads["patches"])
+            (linear(x).argmax(-1) == run.facts[rows, i]).float().mean().item()
+            for i, linear in enumerate(head)
         ]
     run.note(name, held_out_fact_accuracy=[round(r, 3) for r in right])
 
@@ -299,7 +316,7 @@ def train_target(run: Run, model) -> None:
         return model.lm_head(out[:, -ids.shape[1] :])
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        rows = _batch(generator, run.train, 32)
+        rows = _batch(generator, run.train, 16)
         ids = _trim(answers[rows])
         if step < plan.four_frame_share * plan.target_steps:
             frames = torch.randperm(mini.FRAMES, generator=generator)[:4].sort().values

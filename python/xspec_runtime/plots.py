@@ -1,0 +1,212 @@
+"""Plots of an end-to-end run: speedups, accepted tokens per round, a timeline of one sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colors, told apart by color-blind readers.
+OURS, PLAIN, OTHERS = "#0072B2", "#333333", "#A6A6A6"
+PHASES = {
+    "prefill": "#A6A6A6",
+    "begin": "#CC79A7",
+    "propose": "#E69F00",
+    "forward": "#0072B2",
+    "verify": "#0072B2",
+    "accept": "#D55E00",
+    "commit": "#009E73",
+}
+SPARE = ("#56B4E9", "#F0E442", "#000000", "#8C6D31")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "figure.dpi": 150,
+    "legend.frameon": False,
+}
+
+
+def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw every plot the results hold data for; returns the files."""
+    drawn = []
+    for draw, name in (
+        (draw_speedups, "speedups.png"),
+        (draw_histogram, "histogram.png"),
+        (draw_timeline, "timeline.png"),
+    ):
+        if draw(results, folder / name):
+            drawn.append(folder / name)
+    return drawn
+
+
+def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
+    """Bars of the total speedup against ``target``; a diamond marks the decode phase alone.
+
+    Returns:
+        False, with nothing drawn, where no arm has a speedup.
+    """
+    arms = results["arms"]
+    if all(arm["speedup_total"] is None for arm in arms):
+        return False
+    figure, axes = _figure(7.5, 0.9 + 0.42 * len(arms))
+    for row, arm in enumerate(arms):
+        total, decode = arm["speedup_total"], arm["speedup_decode"]
+        color, hatch = _look(arm["name"])
+        axes.barh(row, total or 0, 0.62, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+        label = "-" if total is None else f"{total:.2f}x"
+        end = max(total or 0, decode or 0)
+        axes.annotate(
+            label, (end, row), (7, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        if decode is not None:
+            axes.plot(decode, row, "D", markersize=5, color=color, markeredgecolor="white")
+    axes.axvline(1, color=PLAIN, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("speedup of summed times against target (x)")
+    _speedup_legend(axes)
+    return _save(figure, path)
+
+
+def draw_histogram(results: Mapping[str, Any], path: Path) -> bool:
+    """Share of rounds by accepted draft tokens, one panel an arm, on common axes.
+
+    Returns:
+        False, with nothing drawn, where no arm has a histogram.
+    """
+    counted = [arm for arm in results["arms"] if sum((arm["accept_histogram"] or {}).values())]
+    if not counted:
+        return False
+    longest = max(int(key) for arm in counted for key in arm["accept_histogram"])
+    columns = min(len(counted), 3)
+    rows = -(-len(counted) // columns)
+    figure, grid = _figure(3.0 * columns + 0.6, 2.2 * rows + 0.6, rows, columns)
+    panels = list(grid.flat)
+    for axes, arm in zip(panels, counted, strict=False):
+        _histogram_panel(axes, arm, longest)
+    for axes in panels[len(counted) :]:
+        axes.set_visible(False)
+    figure.supxlabel("accepted draft tokens in a round", fontsize=10)
+    figure.supylabel("share of rounds (%)", fontsize=10)
+    return _save(figure, path)
+
+
+def _histogram_panel(axes: Axes, arm: Mapping[str, Any], longest: int) -> None:
+    histogram = {int(key): count for key, count in arm["accept_histogram"].items()}
+    rounds = sum(histogram.values())
+    shares = [100 * histogram.get(accepted, 0) / rounds for accepted in range(longest + 1)]
+    mean = sum(accepted * count for accepted, count in histogram.items()) / rounds
+    bars = axes.bar(range(longest + 1), shares, 0.8, color=_look(arm["name"])[0])
+    if longest <= 8:
+        labels = [f"{share:.0f}" if share >= 0.5 else "" for share in shares]
+        axes.bar_label(bars, labels, fontsize=8, padding=1)
+    axes.set_title(f"{arm['name']}: mean {mean:.2f} of {rounds:,.0f} rounds", fontsize=9)
+    axes.set_xticks(range(0, longest + 1, 1 if longest <= 8 else -(-longest // 8)))
+    axes.margins(y=0.12)
+
+
+def draw_timeline(results: Mapping[str, Any], path: Path) -> bool:
+    """Phases of one sample in time, a lane an arm.
+
+    Returns:
+        False, with nothing drawn, where no arm has a timeline.
+    """
+    arms = [arm for arm in results["arms"] if arm.get("timeline")]
+    if not arms:
+        return False
+    colors = _phase_colors([span["name"] for arm in arms for span in arm["timeline"]])
+    figure, axes = _figure(9, 1.2 + 0.45 * len(arms))
+    for lane, arm in enumerate(arms):
+        for name, color in colors.items():
+            spans = [
+                (span["start_ms"], span["end_ms"] - span["start_ms"])
+                for span in arm["timeline"]
+                if span["name"] == name
+            ]
+            axes.broken_barh(spans, (lane - 0.32, 0.64), color=color, linewidth=0)
+        end = max(span["end_ms"] for span in arm["timeline"])
+        label = f"{end:,.0f} ms"
+        axes.annotate(
+            label, (end, lane), (4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("time since the request (ms), one sample")
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    _legend(axes, [(name, {"color": color}) for name, color in colors.items()])
+    return _save(figure, path)
+
+
+def _phase_colors(names: list[str]) -> dict[str, str]:
+    """A color for each phase in order of first appearance; ``target.prefill`` counts as prefill."""
+    colors: dict[str, str] = {}
+    spare = iter(SPARE * len(names))
+    for name in names:
+        if name not in colors:
+            colors[name] = PHASES.get(name.rsplit(".", 1)[-1]) or next(spare)
+    return colors
+
+
+def _look(name: str) -> tuple[str, str]:
+    """Color and hatching of an arm: the plain target, an arm of transformers, or one of ours."""
+    if name == "target":
+        return PLAIN, ""
+    return (OTHERS, "///") if name.startswith("hf_") else (OURS, "")
+
+
+def _speedup_legend(axes: Axes) -> None:
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    entries: list[tuple[str, dict[str, Any]]] = []
+    if any(_look(name)[0] == OURS for name in names):
+        entries.append(("lossless drafting (ours)", {"color": OURS}))
+    if any(_look(name)[0] == OTHERS for name in names):
+        entries.append(
+            ("transformers", {"facecolor": OTHERS, "hatch": "///", "edgecolor": "white"})
+        )
+    _legend(axes, [*entries, ("decode phase alone", {"marker": "D"})])
+
+
+def _legend(axes: Axes, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    """A legend in one line above the axes; an entry with a marker is a point, others are bars."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], color=PLAIN, linestyle="", markersize=5, label=label, **look)
+        if "marker" in look
+        else Patch(label=label, linewidth=0, **look)
+        for label, look in entries
+    ]
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+    axes.legend(handles=handles, ncols=len(handles), fontsize=9, columnspacing=1.4, **place)
+
+
+def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Figure, Any]:
+    """A figure that needs no display; with ``rows`` a grid of axes on common scales."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        shared = {"sharex": True, "sharey": True, "squeeze": False}
+        return figure, figure.subplots(rows, columns, **shared) if rows else figure.subplots()
+
+
+def _save(figure: Figure, path: Path) -> bool:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return True

@@ -1,0 +1,236 @@
+"""Results of an end-to-end run as results.json, RESULTS.md, plots, and a table in the terminal."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import write_json, write_text
+from .result_schema import LEDGER, ROUND_PHASES, validate_results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "check_output_dir",
+    "markdown_table",
+    "render_table",
+    "results_markdown",
+    "validate_results",
+    "write_results",
+]
+
+Results = Mapping[str, Any]
+Row = Sequence[str]
+
+
+def _fixed(digits: int, suffix: str = "", scale: float = 1.0) -> Callable[[Any], str]:
+    return lambda value: "-" if value is None else f"{value * scale:,.{digits}f}{suffix}"
+
+
+_count, _ms, _two = _fixed(0), _fixed(1), _fixed(2)
+_times, _percent = _fixed(2, "x"), _fixed(1, " %", 100)
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    key: str
+    show: Callable[[Any], str]
+    meaning: str
+
+
+_COLUMNS = (
+    _Column("prefill ms", "prefill_ms", _ms, "until the prompt is in the KV cache; median"),
+    _Column("decode ms", "decode_ms", _ms, "total less prefill, drafting included; median"),
+    _Column("total ms", "total_ms", _ms, "the whole request; median over samples"),
+    _Column("TTFT ms", "ttft_ms", _ms, "time to first token; median over samples"),
+    _Column("acceptance", "acceptance_rate", _percent, "accepted / proposed draft tokens"),
+    _Column("tokens/verify", "tokens_per_verify", _two, "tokens after the first one / verifies"),
+    _Column("gain", "gain", _two, "tokens/verify divided by (time of a verify / of a plain step)"),
+    _Column(
+        "speedup", "speedup_total", _times, "summed total of `target` / summed total of the arm"
+    ),
+    _Column("decode speedup", "speedup_decode", _times, "the same of the decode times"),
+    _Column("identical", "identical", _count, "samples whose tokens equal those of `target`"),
+    _Column("slower", "slower", _count, "samples that took longer than with `target`"),
+)
+
+
+def _cells(arm: Mapping[str, Any]) -> list[str]:
+    cells = {column.key: column.show(arm[column.key]) for column in _COLUMNS}
+    for key in ("identical", "slower"):
+        if arm[key] is not None and arm["samples"] is not None:
+            cells[key] += f"/{arm['samples']}"
+    return [arm["name"], *cells.values()]
+
+
+def render_table(results: Results) -> Table:
+    """The main table for a terminal (rich); speedups above 1 and broken identity are colored.
+
+    Raises:
+        ValueError: see `validate_results`.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    validate_results(results)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("arm", no_wrap=True, vertical="bottom")
+    for column in _COLUMNS:
+        title = column.title.replace(" ", "\n").replace("/", "/\n")
+        table.add_column(title, justify="right", no_wrap=True)
+    titles = [column.key for column in _COLUMNS]
+    for arm in results["arms"]:
+        name, *cells = _cells(arm)
+        for key in ("speedup_total", "speedup_decode"):
+            if arm[key] is not None and arm[key] > 1:
+                cells[titles.index(key)] = f"[green]{cells[titles.index(key)]}[/]"
+        if None not in (arm["identical"], arm["samples"]) and arm["identical"] < arm["samples"]:
+            at = titles.index("identical")
+            cells[at] = f"[red]{cells[at]}[/]"
+        table.add_row(name, *cells)
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """The main table in Markdown, one row an arm, no trailing newline.
+
+    Raises:
+        ValueError: see `validate_results`.
+    """
+    validate_results(results)
+    return _table(["arm", *(c.title for c in _COLUMNS)], (_cells(arm) for arm in results["arms"]))
+
+
+def _table(titles: Row, rows: Iterable[Row]) -> str:
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    safe = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, rule, *safe))
+
+
+def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
+    """RESULTS.md: the main table, its glossary, and what lies behind the speedups.
+
+    Args:
+        results: schema ``xspec.e2e/1``.
+        plots: image files beside RESULTS.md, shown by name.
+
+    Raises:
+        ValueError: see `validate_results`.
+    """
+    glossary = "\n".join(f"- **{c.title}**: {c.meaning}." for c in _COLUMNS)
+    parts = ["# Results", _setting(results), markdown_table(results), glossary]
+    parts += [f"![{plot.stem}]({plot.name})" for plot in plots]
+    arms = results["arms"]
+    if split := [arm for arm in arms if arm["round_split_ms"]]:
+        parts += ["## A round, in milliseconds", _split_table(split)]
+    if ledgers := [arm for arm in arms if arm["ledger"]]:
+        parts += ["## Ledger, per sample", _LEDGER_NOTE, _ledger_table(ledgers)]
+    if counted := [arm for arm in arms if arm["by_accepted"]]:
+        parts += ["## By accepted tokens", _ACCEPTED_NOTE]
+        for arm in counted:
+            parts += [f"### {arm['name']}", _accepted_table(arm["by_accepted"])]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEDGER_NOTE = (
+    "tokens saved x step - verify overhead - drafting = net: what one sample gains, in ms."
+)
+_ACCEPTED_NOTE = (
+    "Samples grouped by accepted draft tokens per round (mean, rounded); the verdict is on the "
+    "median speedup against `target`."
+)
+
+
+def _setting(results: Results) -> str:
+    environment, ties = results["environment"], results["near_ties"]
+    known = [f"{key} {value}" for key, value in environment.items() if value is not None]
+    chosen = [f"{key} {value}" for key, value in results["config"].items() if value is not None]
+    lines = [f"`{results['command']}`", "Environment: " + ", ".join(known) + "."]
+    if chosen:
+        lines.append("Configuration: " + ", ".join(chosen) + ".")
+    if ties:
+        below, steps = _count(ties["below_2_ulp"]), _count(ties["steps"])
+        lines.append(f"Near ties: {below} of {steps} steps had a top-2 gap below 2 ulp.")
+    if seen := results["verbatim_in_training"]:
+        share = f"{_count(seen['captions'])} ({_percent(seen['share'])})"
+        lines.append(f"Answers found verbatim in the training captions: {share}.")
+    return "\n\n".join(lines)
+
+
+def _split_table(arms: Iterable[Mapping[str, Any]]) -> str:
+    rows = []
+    for arm in arms:
+        split = [arm["round_split_ms"][phase] for phase in ROUND_PHASES]
+        total = None if None in split else sum(split)
+        rows.append([arm["name"], *(_two(value) for value in (*split, total))])
+    return _table(["arm", *ROUND_PHASES, "sum"], rows)
+
+
+def _ledger_table(arms: Iterable[Mapping[str, Any]]) -> str:
+    titles = ["tokens saved", "x step ms", "= saved ms", "- verify overhead ms", "- drafting ms"]
+    rows = [[arm["name"], *(_two(arm["ledger"][key]) for key in LEDGER)] for arm in arms]
+    return _table(["arm", *titles, "= net ms"], rows)
+
+
+def _accepted_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    shown = [
+        [
+            str(row["accepted"]),
+            _count(row["samples"]),
+            _percent(row["share"]),
+            _times(row["median_speedup"]),
+            _count(row["slower"]),
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    return _table(["accepted", "samples", "share", "median speedup", "slower", "verdict"], shown)
+
+
+def check_output_dir(path: str | Path) -> Path:
+    """Create ``path`` where needed and prove that a file can be written there.
+
+    Raises:
+        ValueError: it cannot be created or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".xspec"):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {path}: {error.strerror}") from error
+    return path
+
+
+def write_results(results: Results, output_dir: str | Path) -> list[Path]:
+    """Write results.json, the plots the results allow, and RESULTS.md, each of them atomically.
+
+    Without matplotlib the plots are left out.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: wrong results (see `validate_results`) or an output folder that cannot be
+            written; nothing has been written then.
+    """
+    validate_results(results)
+    folder = check_output_dir(output_dir)
+    data, text = folder / "results.json", folder / "RESULTS.md"
+    write_json(data, results)
+    try:
+        from .plots import draw_all
+
+        plots = draw_all(results, folder)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        plots = []
+    write_text(text, results_markdown(results, plots))
+    return [data, text, *plots]
