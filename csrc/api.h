@@ -58,6 +58,7 @@ int kv_commit_cpu(const KvCommitArgs& args);
 
 #ifdef XSPEC_WITH_CUDA
 // These return a cudaError_t; `stream` is a cudaStream_t.
+int tree_mask_cuda(const TreeMaskArgs& args, int device, void* stream);
 template <class Token>
 int verify_greedy_cuda(const VerifyGreedyArgs<Token>& args, int device, void* stream);
 int kv_commit_cuda(const KvCommitArgs& args, int device, void* stream);

@@ -35,11 +35,25 @@ void check_cuda(const char* op, int error) {
 #endif
 
 void tree_mask(Address parent_idx, Address num_rows, Address ancestor_bits, Address depth,
-               Address path_slot, Address status, int batch, int nodes, int max_depth) {
+               Address path_slot, Address status, int batch, int nodes, int max_depth, int device,
+               Address stream) {
   py::gil_scoped_release unlocked;
-  xspec::tree_mask_cpu({as<const int32_t>(parent_idx), as<const int32_t>(num_rows),
-                        as<int64_t>(ancestor_bits), as<int32_t>(depth), as<int32_t>(path_slot),
-                        as<int32_t>(status), batch, nodes, max_depth});
+  const xspec::TreeMaskArgs args{as<const int32_t>(parent_idx),
+                                 as<const int32_t>(num_rows),
+                                 as<int64_t>(ancestor_bits),
+                                 as<int32_t>(depth),
+                                 as<int32_t>(path_slot),
+                                 as<int32_t>(status),
+                                 batch,
+                                 nodes,
+                                 max_depth};
+  if (device == kCpu) return xspec::tree_mask_cpu(args);
+#ifdef XSPEC_WITH_CUDA
+  check_cuda("tree_mask", xspec::tree_mask_cuda(args, device, as<void>(stream)));
+#else
+  (void)stream;
+  no_cuda("tree_mask");
+#endif
 }
 
 template <class Token>

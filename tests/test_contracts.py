@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import xspec_kernels
+from xspec_kernels import _dispatch
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", "xspec_kernels"}
 UPSTREAM = {"bench", "tests"}
@@ -155,6 +158,15 @@ def test_backend_variable_is_obeyed_and_overruled():
     assert last_line(named) == "[[0, 1]]"
 
 
-def test_op_without_a_cuda_kernel_says_so():
-    result = run(USE + "x.tree_mask(parents, backend='cuda')")
-    assert "there is no cuda kernel for this op" in last_line(result)
+def test_op_without_a_kernel_says_so(monkeypatch):
+    monkeypatch.setitem(_dispatch._IMPLEMENTATIONS, "plain", {"torch": None})
+    with pytest.raises(RuntimeError, match="plain: there is no cuda kernel for this op"):
+        _dispatch.choose("plain", "cuda", "cuda")
+
+
+def test_backend_is_required_before_work():
+    xspec_kernels.require_backend("auto", "cpu")
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
+        xspec_kernels.require_backend("cuda", "cpu")
+    with pytest.raises(ValueError, match="'fast', expected one of auto"):
+        xspec_kernels.require_backend("fast", "cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from xspec_runtime import cli
+from xspec_runtime import cli, doctor
 from xspec_runtime.arms import Outcome, Task
 from xspec_runtime.data.scenes import event_stream, make_sample, render
 from xspec_runtime.drafters.base import Request
@@ -211,3 +211,17 @@ def test_ask_names_a_missing_file(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["ask", "--events", str(tmp_path / "no.npy"), "What?"])
     assert result.exit_code == 2
     assert "no.npy" in result.output
+
+
+def test_doctor_names_every_op_and_package() -> None:
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for word in ("tree_mask", "verify_greedy", "kv_commit", "transformers", "compiled kernels"):
+        assert word in result.output
+
+
+def test_doctor_finds_an_unsupported_version(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "SUPPORTED", (("torch", "99", None, "everything"),))
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "not supported" in result.output

@@ -12,6 +12,12 @@ from transformers import (
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
 from xspec_runtime.config import SpecConfig
@@ -19,7 +25,7 @@ from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.draft_model import ModelDrafter
 from xspec_runtime.drafters.llama_steps import LlamaSteps
 from xspec_runtime.engine import SpeculativeDecoder
-from xspec_runtime.targets.transformers import TransformersTarget, near_ties
+from xspec_runtime.targets.transformers import TransformersTarget, row_flags
 
 NEW = 60
 
@@ -49,6 +55,41 @@ def test_none_and_all_accepted(hit: float) -> None:
     )
     out = decoder.generate({"input_ids": ids})
     assert out.tokens == truth
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 20}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("rows", [1, 6, 33])
+def test_logits_processors_see_their_own_prefix(options: dict, rows: int) -> None:
+    model, ids = tiny_llama(1), prompt(1)
+    stop = reference(model, ids, NEW)[5]
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+        **options,
+    )
+    truth = out[0, ids.shape[1] :].tolist()
+    processors = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+        "min_new_tokens": lambda n: MinNewTokensLengthLogitsProcessor(ids.shape[1], n, stop),
+    }
+    name, value = next(iter(options.items()))
+    decoder = SpeculativeDecoder(
+        TransformersTarget(model, 256), OracleDrafter(truth, 3), SpecConfig(rows, NEW, (stop,))
+    )
+    chosen = LogitsProcessorList([processors[name](value)])
+    result = decoder.generate({"input_ids": ids}, logits_processor=chosen)
+    assert result.tokens == truth
+    # A request without processors is not touched by the one before.
+    assert decoder.generate({"input_ids": ids}).tokens[-1] == stop
 
 
 def test_end_of_sequence_inside_an_accepted_path() -> None:
@@ -151,8 +192,9 @@ def test_rounds_report_rows_and_times() -> None:
 
 def test_near_ties_counts_gaps_below_two_ulp() -> None:
     ulp = torch.finfo(torch.float32).eps * 4
-    logits = torch.tensor([[4.0, 4.0 + ulp, 0.0], [4.0, 4.0 + 2 * ulp, 0.0], [4.0, 4.0, 4.0]])
-    assert near_ties(logits) == 2
+    rows = [[4.0, 4.0 + ulp, 0.0], [4.0, 4.0 + 2 * ulp, 0.0], [4.0, 4.0, 4.0]]
+    logits = torch.tensor([*rows, [1.0, float("nan"), 0.0]])
+    assert row_flags(logits).tolist() == [1, 0, 1, 2]
 
 
 def test_nan_weights_are_an_error() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from xspec_runtime.report import (
     check_output_dir,
     markdown_table,
+    print_table,
     render_table,
     results_markdown,
     validate_results,
@@ -161,12 +162,16 @@ def test_markdown_explains_columns_and_lists_every_part():
     assert "### tree" in text and "### hf_generate" not in text and "### target" not in text
 
 
-def test_terminal_table_holds_the_same_cells():
-    console = Console(file=io.StringIO(), width=100)
-    console.print(render_table(synthetic()))
-    text = console.file.getvalue()
-    for cell in ("arm", "tree", "2.60x", "71.3 %", "hf_assisted", "tokens/", "24/24"):
-        assert cell in text
+@pytest.mark.parametrize("width", [40, 200])
+def test_terminal_table_is_whole_at_any_width(width):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(synthetic(), console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert [
+        *("tree", "61.2", "169.8", "231.0", "62.8", "71.3", "%", "4.27", "3.38", "2.60x", "2.86x"),
+        *("24/24", "1/24"),
+    ] in lines
+    assert len(render_table(synthetic()).rows) == 8
 
 
 def test_one_arm_of_nulls(tmp_path):

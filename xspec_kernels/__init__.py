@@ -4,6 +4,7 @@
     verify_greedy  draft tree and the target's tokens -> longest accepted path, tokens to emit
     kv_commit      accepted rows into place in every KV cache
     info           what is installed and what `backend="auto"` takes
+    require_backend  raise now if a backend cannot run on a device
 
 Every op takes `backend="auto" | "torch" | "triton" | "cuda"`; `torch` is the reference.
 """
@@ -18,7 +19,7 @@ except ImportError as error:
         "install torch>=2.11 first, for instance `pip install torch==2.13.0`"
     ) from error
 
-from xspec_kernels._dispatch import BACKENDS, MAX_NODES, info
+from xspec_kernels._dispatch import BACKENDS, MAX_NODES, info, require_backend
 from xspec_kernels.kernels.kv_commit import kv_commit
 from xspec_kernels.kernels.tree_mask import TreeMask, tree_mask
 from xspec_kernels.kernels.verify_greedy import VerifyResult, verify_greedy
@@ -32,6 +33,7 @@ __all__ = [
     "VerifyResult",
     "info",
     "kv_commit",
+    "require_backend",
     "tree_mask",
     "verify_greedy",
 ]

@@ -15,7 +15,7 @@ A named backend that cannot run raises RuntimeError saying what is missing; noth
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,12 @@ def choose(name: str, backend: str, device_type: str) -> str:
     if reason:
         raise RuntimeError(f"{name}: backend {backend!r} cannot run: {reason}")
     return backend
+
+
+def require_backend(backend: str, device_type: str, ops: Iterable[str] | None = None) -> None:
+    """Raise as `choose` does unless `backend` can run `ops` (default: all) on `device_type`."""
+    for name in sorted(_IMPLEMENTATIONS) if ops is None else ops:
+        choose(name, backend, device_type)
 
 
 def _automatic(available: Mapping[str, Any], device_type: str) -> str:

@@ -83,6 +83,15 @@ def _ask(
     )
 
 
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backend `auto` picks and why, and where caches are."""
+    from .doctor import doctor as examine
+
+    if not examine(Console()):
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point of the `xspec` script."""
     app()

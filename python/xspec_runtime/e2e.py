@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from .data.captions import QUESTIONS
 from .files import JsonLines, read_lines, write_json
 from .measure import run_interleaved, summarize
-from .report import check_output_dir, render_table, write_results
+from .report import check_output_dir, print_table, write_results
 from .workloads import MiniPair, Settings, Workload, text_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,7 +106,7 @@ def run_e2e(options: Options) -> dict:
     paths = write_results(results, options.output_dir)
     if options.json_file:
         write_json(options.json_file, results)
-    console.print(render_table(results))
+    print_table(results, console)
     _print_notes(console, results, workload)
     console.print("written:", ", ".join(str(p) for p in paths), highlight=False, soft_wrap=True)
     return results
@@ -153,7 +153,7 @@ def read_recording(events: Path, video: Path | None) -> tuple[np.ndarray, np.nda
         frames = load_video(video, FRAMES)
     else:
         frames = np.stack([rasterize(part) for part in split_by_count(stream, FRAMES)])
-    return resize(frames, IMAGE_SIZE), resize(image[None], IMAGE_SIZE)[0]
+    return resize(frames, IMAGE_SIZE, "squash"), resize(image[None], IMAGE_SIZE, "squash")[0]
 
 
 def _print_notes(console: Console, results: dict, workload: Workload) -> None:

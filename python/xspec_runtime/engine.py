@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
+from transformers import LogitsProcessorList
 
 from .config import SpecConfig
 from .drafters.base import Drafter, DraftTree, Request
@@ -81,6 +82,7 @@ class SpeculativeDecoder:
         self,
         inputs: Mapping[str, torch.Tensor],
         request: Request | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
         on_round: Callable[[DraftTree, Verdict, list[int]], None] | None = None,
     ) -> Generation:
@@ -89,12 +91,13 @@ class SpeculativeDecoder:
         Args:
             inputs: what the target's forward takes, `input_ids` ``[1, L]`` among it.
             request: what the drafter may know; by default the prompt's ids.
+            logits_processor: transformers' processors, applied to every row with its own prefix.
             on_tokens: called with the tokens of every round as soon as they are final.
             on_round: called with the tree, the verdict and the answer before the round.
         """
         target, drafter, config = self.target, self.drafter, self.config
         start = perf_counter()
-        verdict = target.prefill(inputs)
+        verdict = target.prefill(inputs, logits_processor)
         answer = Generation(self._cut(verdict.tokens, 0), near_ties=verdict.near_ties)
         first = perf_counter()
         answer.prefill_ms = 1e3 * (first - start)
@@ -115,7 +118,7 @@ class SpeculativeDecoder:
             proposed = perf_counter()
             logits = target.forward(tree)
             forwarded = perf_counter()
-            verdict = target.accept(logits)
+            verdict = target.accept(tree, logits, answer.tokens)
             verified = perf_counter()
             target.commit(verdict)
             committed = perf_counter()

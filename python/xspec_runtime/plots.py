@@ -30,7 +30,6 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "figure.dpi": 150,
-    "legend.frameon": False,
 }
 
 
@@ -48,7 +47,7 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
-    """Bars of the total speedup against ``target``; a diamond marks the decode phase alone.
+    """Bars of the speedup against ``target``: the whole request, and thinner the decode phase.
 
     Returns:
         False, with nothing drawn, where no arm has a speedup.
@@ -56,25 +55,49 @@ def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
     arms = results["arms"]
     if all(arm["speedup_total"] is None for arm in arms):
         return False
-    figure, axes = _figure(7.5, 0.9 + 0.42 * len(arms))
-    for row, arm in enumerate(arms):
-        total, decode = arm["speedup_total"], arm["speedup_decode"]
-        color, hatch = _look(arm["name"])
-        axes.barh(row, total or 0, 0.62, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-        label = "-" if total is None else f"{total:.2f}x"
-        end = max(total or 0, decode or 0)
-        axes.annotate(
-            label, (end, row), (7, 0), textcoords="offset points", va="center", fontsize=9
-        )
-        if decode is not None:
-            axes.plot(decode, row, "D", markersize=5, color=color, markeredgecolor="white")
+    figure, axes = _figure(7.5, 0.9 + 0.5 * len(arms))
     axes.axvline(1, color=PLAIN, linewidth=1, linestyle="--")
+    for row, arm in enumerate(arms):
+        color, hatch = _look(arm["name"])
+        total, decode = arm["speedup_total"], arm["speedup_decode"]
+        solid = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "zorder": 2}
+        axes.barh(row - 0.1, total or 0, 0.46, **solid)
+        _value(axes, total or 0, row - 0.1, "-" if total is None else f"{total:.2f}x", 9)
+        if decode is not None:
+            axes.barh(row + 0.25, decode, 0.18, color=color, alpha=0.45, linewidth=0, zorder=2)
+            _value(axes, decode, row + 0.25, f"{decode:.2f}x", 7)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.08)
     axes.set_xlabel("speedup of summed times against target (x)")
-    _speedup_legend(axes)
+    _legend(axes, _speedup_entries([arm["name"] for arm in arms]))
     return _save(figure, path)
+
+
+def _value(axes: Axes, x: float, y: float, label: str, size: int) -> None:
+    """A figure at the end of a bar, on a white ground so that no line crosses it."""
+    axes.annotate(
+        label,
+        (x, y),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=size,
+        color=PLAIN,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+    )
+
+
+def _speedup_entries(names: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    looks = {_look(name)[0] for name in names}
+    entries: list[tuple[str, dict[str, Any]]] = []
+    if OURS in looks:
+        entries.append(("ours", {"color": OURS}))
+    if OTHERS in looks:
+        hatched = {"facecolor": OTHERS, "hatch": "///", "edgecolor": "white"}
+        entries.append(("transformers", hatched))
+    return [*entries, ("thin: decode phase alone", {"color": PLAIN, "alpha": 0.45})]
 
 
 def draw_histogram(results: Mapping[str, Any], path: Path) -> bool:
@@ -87,7 +110,7 @@ def draw_histogram(results: Mapping[str, Any], path: Path) -> bool:
     if not counted:
         return False
     longest = max(int(key) for arm in counted for key in arm["accept_histogram"])
-    columns = min(len(counted), 3)
+    columns = len(counted) if len(counted) <= 4 else 3
     rows = -(-len(counted) // columns)
     figure, grid = _figure(3.0 * columns + 0.6, 2.2 * rows + 0.6, rows, columns)
     panels = list(grid.flat)
@@ -111,6 +134,7 @@ def _histogram_panel(axes: Axes, arm: Mapping[str, Any], longest: int) -> None:
         axes.bar_label(bars, labels, fontsize=8, padding=1)
     axes.set_title(f"{arm['name']}: mean {mean:.2f} of {rounds:,.0f} rounds", fontsize=9)
     axes.set_xticks(range(0, longest + 1, 1 if longest <= 8 else -(-longest // 8)))
+    axes.tick_params(labelbottom=True)
     axes.margins(y=0.12)
 
 
@@ -134,10 +158,7 @@ def draw_timeline(results: Mapping[str, Any], path: Path) -> bool:
             ]
             axes.broken_barh(spans, (lane - 0.32, 0.64), color=color, linewidth=0)
         end = max(span["end_ms"] for span in arm["timeline"])
-        label = f"{end:,.0f} ms"
-        axes.annotate(
-            label, (end, lane), (4, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        _value(axes, end, lane, f"{end:,.0f} ms", 9)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
@@ -165,31 +186,14 @@ def _look(name: str) -> tuple[str, str]:
     return (OTHERS, "///") if name.startswith("hf_") else (OURS, "")
 
 
-def _speedup_legend(axes: Axes) -> None:
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    entries: list[tuple[str, dict[str, Any]]] = []
-    if any(_look(name)[0] == OURS for name in names):
-        entries.append(("lossless drafting (ours)", {"color": OURS}))
-    if any(_look(name)[0] == OTHERS for name in names):
-        entries.append(
-            ("transformers", {"facecolor": OTHERS, "hatch": "///", "edgecolor": "white"})
-        )
-    _legend(axes, [*entries, ("decode phase alone", {"marker": "D"})])
-
-
 def _legend(axes: Axes, entries: list[tuple[str, dict[str, Any]]]) -> None:
-    """A legend in one line above the axes; an entry with a marker is a point, others are bars."""
-    from matplotlib.lines import Line2D
+    """One line of colored patches above the axes."""
     from matplotlib.patches import Patch
 
-    handles = [
-        Line2D([], [], color=PLAIN, linestyle="", markersize=5, label=label, **look)
-        if "marker" in look
-        else Patch(label=label, linewidth=0, **look)
-        for label, look in entries
-    ]
+    handles = [Patch(label=label, linewidth=0, **look) for label, look in entries]
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
-    axes.legend(handles=handles, ncols=len(handles), fontsize=9, columnspacing=1.4, **place)
+    look = {"ncols": len(handles), "fontsize": 9, "columnspacing": 1.4, "frameon": False}
+    axes.legend(handles=handles, **look, **place)
 
 
 def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Figure, Any]:

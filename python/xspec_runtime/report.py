@@ -12,11 +12,13 @@ from .files import write_json, write_text
 from .result_schema import LEDGER, ROUND_PHASES, validate_results
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 __all__ = [
     "check_output_dir",
     "markdown_table",
+    "print_table",
     "render_table",
     "results_markdown",
     "validate_results",
@@ -82,7 +84,7 @@ def render_table(results: Results) -> Table:
     table.add_column("arm", no_wrap=True, vertical="bottom")
     for column in _COLUMNS:
         title = column.title.replace(" ", "\n").replace("/", "/\n")
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", overflow="fold")
     titles = [column.key for column in _COLUMNS]
     for arm in results["arms"]:
         name, *cells = _cells(arm)
@@ -94,6 +96,22 @@ def render_table(results: Results) -> Table:
             cells[at] = f"[red]{cells[at]}[/]"
         table.add_row(name, *cells)
     return table
+
+
+def print_table(results: Results, console: Console | None = None) -> None:
+    """Print the main table at its full width, also where output goes to a narrow log.
+
+    Raises:
+        ValueError: see `validate_results`.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = console or Console()
+    table = render_table(results)
+    unbounded = console.options.update(max_width=1000)
+    table.width = Measurement.get(console, unbounded, table).maximum
+    console.print(table, soft_wrap=True)
 
 
 def markdown_table(results: Results) -> str:

@@ -157,10 +157,14 @@ def _triton(parent_idx: torch.Tensor, num_rows: torch.Tensor | None, max_depth: 
     return out
 
 
-def _cpp(parent_idx: torch.Tensor, num_rows: torch.Tensor | None, max_depth: int) -> TreeMask:
+def _launch_native(
+    parent_idx: torch.Tensor, num_rows: torch.Tensor | None, max_depth: int
+) -> TreeMask:
     out = _empty(parent_idx, num_rows, max_depth)
     pointers = [_native.address(tensor) for tensor in (parent_idx, num_rows, *out)]
-    _native.module.tree_mask(*pointers, *parent_idx.shape, max_depth)
+    _native.module.tree_mask(
+        *pointers, *parent_idx.shape, max_depth, *_native.device_and_stream(parent_idx)
+    )
     return out
 
 
@@ -184,8 +188,9 @@ _OP = register(
     check=_check,
     fake=_empty,
     torch=tree_mask_ref,
-    cpp=_cpp,
+    cpp=_launch_native,
     triton=_triton,
+    cuda=_launch_native,
 )
 
 

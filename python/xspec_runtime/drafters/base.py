@@ -47,6 +47,13 @@ class DraftTree:
         self.scores.append(score)
         return len(self.tokens) - 1
 
+    def child(self, parent: int, token: int) -> int | None:
+        """The node below `parent` with this token."""
+        for i in range(parent + 1, len(self.tokens)):
+            if self.parent_idx[i] == parent and self.tokens[i] == token:
+                return i
+        return None
+
     def best(self, rows: int) -> DraftTree:
         """The `rows` nodes of highest score; a parent never scores below its child, so paths stay
         whole.
@@ -65,11 +72,9 @@ class DraftTree:
     def accept(self, targets: Sequence[int]) -> list[int]:
         """Greedy accepted path, root excluded, given the target's token after each node."""
         path: list[int] = []
-        node = 0
-        for i in range(1, len(self.tokens)):
-            if self.parent_idx[i] == node and self.tokens[i] == targets[node]:
-                path.append(i)
-                node = i
+        node: int | None = 0
+        while (node := self.child(node, targets[node])) is not None:
+            path.append(node)
         return path
 
 

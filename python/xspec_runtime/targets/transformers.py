@@ -8,16 +8,16 @@ outside near ties (top-2 gap below 2 ulp of the logits), which every result coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from xspec_kernels import tree_mask, verify_greedy
+from xspec_kernels import require_backend, tree_mask, verify_greedy
 
 from ..drafters.base import MAX_ROWS, DraftTree
 from ..kv_cache import KVCache
@@ -91,7 +91,9 @@ class TransformersTarget:
         backend: of the ops, see `xspec_kernels.info`.
 
     Raises:
-        ValueError: the model slides its attention window or keeps recurrent state.
+        ValueError: the model slides its attention window or keeps recurrent state, or the backend
+            is unknown.
+        RuntimeError: the backend cannot run on the model's device.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int = 1024, backend: str = "auto") -> None:
@@ -102,6 +104,7 @@ class TransformersTarget:
                 f"{type(model).__name__} uses {sorted(unsupported) or 'a sliding window'}, "
                 "expected full attention in every layer"
             )
+        require_backend(backend, model.device.type)
         self.model = model
         self.backend = backend
         self.device = model.device
@@ -113,9 +116,17 @@ class TransformersTarget:
         model.set_attn_implementation({"text_config": ATTENTION} if nested else ATTENTION)
 
     @torch.inference_mode()
-    def prefill(self, inputs: Mapping[str, torch.Tensor]) -> Verdict:
-        """Run the prompt (`input_ids` ``[1, L]`` and whatever the model takes beside it): first
-        token.
+    def prefill(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> Verdict:
+        """Run the prompt: the first token.
+
+        Args:
+            inputs: `input_ids` ``[1, L]`` and whatever the model takes beside it.
+            logits_processor: applied to every row with that row's own prefix, prompt included, for
+                the whole request (repetition penalty, no-repeat n-grams, ...).
         """
         ids = inputs["input_ids"]
         if ids.dim() != 2 or ids.shape[0] != 1:
@@ -126,8 +137,8 @@ class TransformersTarget:
             **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits[0]
         self.cache.advance(ids.shape[1])
-        token = int(logits.argmax(-1))
-        return Verdict([token], 0, near_ties(logits))
+        self._prompt, self._processor = ids, logits_processor
+        return self.accept(DraftTree.root(-1), logits, [])
 
     @torch.inference_mode()
     def forward(self, tree: DraftTree) -> torch.Tensor:
@@ -156,18 +167,31 @@ class TransformersTarget:
         ).logits[0]
 
     @torch.inference_mode()
-    def accept(self, logits: torch.Tensor) -> Verdict:
-        """The greedy decision on the tree of the last `forward`; nothing is committed yet."""
+    def accept(self, tree: DraftTree, logits: torch.Tensor, context: Sequence[int]) -> Verdict:
+        """The greedy decision on `tree`, whose `logits` the last `forward` gave; nothing is
+        committed yet. `context` is the answer so far, the root its last token.
+
+        Raises:
+            RuntimeError: the target's logits are NaN on the accepted path.
+        """
+        if self._processor:
+            return self._walk(tree, logits, context)
         best = logits.argmax(-1)[None]
+        ties = row_flags(logits)
         if logits.shape[0] == 1:
-            return Verdict([int(best)], 0, near_ties(logits))
+            # All the host needs comes in one copy, here and below: one wait a round.
+            token, flag = torch.stack((best[0, 0], ties[0])).tolist()
+            return Verdict([token], 0, _count([flag]))
         tokens, parents, bits = self._tree
         result = verify_greedy(tokens, parents, best, bits, backend=self.backend)
-        accepted = int(result.accept_len)
-        emitted = result.output_ids[0, : accepted + 1].tolist()
-        path = [0, *result.accept_path[0, :accepted].tolist()]
-        ties = near_ties(logits[path])
-        return Verdict(emitted, accepted, ties, result.accept_path, result.accept_len)
+        rows = [result.accept_len, result.accept_path[0], result.output_ids[0], ties]
+        accepted, *rest = torch.cat(rows).tolist()
+        rows = logits.shape[0]
+        path, emitted, flags = rest[:rows], rest[rows : 2 * rows], rest[2 * rows :]
+        count = _count([flags[node] for node in (0, *path[:accepted])])
+        return Verdict(
+            emitted[: accepted + 1], accepted, count, result.accept_path, result.accept_len
+        )
 
     @torch.inference_mode()
     def commit(self, verdict: Verdict) -> None:
@@ -176,6 +200,25 @@ class TransformersTarget:
             self.cache.commit(verdict.path, verdict.length, verdict.accepted)
         else:
             self.cache.advance(1)
+
+    def _walk(self, tree: DraftTree, logits: torch.Tensor, context: Sequence[int]) -> Verdict:
+        """`accept` where what follows a node depends on the tokens before it: node by node."""
+        answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
+        prefix = torch.cat([self._prompt, answer], 1)
+        path, emitted, flags = [0], [], []
+        while True:
+            scores = self._processor(prefix, logits[path[-1]][None].to(torch.float32, copy=True))
+            token, flag = torch.stack((scores.argmax(), row_flags(scores)[0])).tolist()
+            emitted.append(token)
+            flags.append(flag)
+            child = tree.child(path[-1], token)
+            if child is None:
+                break
+            path.append(child)
+            prefix = torch.cat([prefix, prefix.new_tensor([[token]])], 1)
+        accepted = torch.tensor([path[1:]], dtype=torch.int32, device=self.device)
+        length = torch.tensor([len(path) - 1], dtype=torch.int32, device=self.device)
+        return Verdict(emitted, len(path) - 1, _count(flags), accepted, length)
 
     def _additive_mask(self, ancestor_bits: torch.Tensor, rows: int) -> torch.Tensor:
         """``[1, 1, N, length + N]``: 0 on committed rows and the row's path, -inf elsewhere."""
@@ -186,14 +229,15 @@ class TransformersTarget:
         return mask
 
 
-def near_ties(logits: torch.Tensor) -> int:
-    """Rows of ``[N, V]`` whose two best logits differ by less than 2 ulp of the better one.
-
-    Raises:
-        RuntimeError: a row holds NaN; argmax would silently pick its place.
-    """
+def row_flags(logits: torch.Tensor) -> torch.Tensor:
+    """int64 ``[N]`` for logits ``[N, V]``: 1 where the best two lie within 2 ulp, 2 for NaN."""
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     ulp = torch.finfo(logits.dtype).eps * torch.exp2(best.abs().clamp_min(1e-30).log2().floor())
-    if best.isnan().any():
+    return torch.where(best.isnan(), 2, (best - second < 2 * ulp).long())
+
+
+def _count(flags: Sequence[int]) -> int:
+    """Near ties among `flags`; argmax would silently pick a NaN's place, so that is an error."""
+    if 2 in flags:
         raise RuntimeError("the target's logits are NaN: its weights or inputs are damaged")
-    return int((best - second < 2 * ulp).sum())
+    return sum(flags)

@@ -1,0 +1,87 @@
+"""What is installed, what `auto` picks and why, and which caches there are."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.version import Version
+from rich.console import Console
+from rich.table import Table
+
+# name, oldest supported, first unsupported, what it is for
+SUPPORTED = (
+    ("torch", "2.11", None, "everything"),
+    ("triton", "3.6", None, "Triton kernels"),
+    ("transformers", "5.17", "6", "targets and drafts"),
+    ("numpy", "1.26", None, "files"),
+    ("safetensors", "0.4", None, "checkpoints, memories"),
+    ("nvtx", "0.2.10", None, "ranges in a profiler"),
+    ("av", "12", None, "video files"),
+    ("matplotlib", "3.8", None, "plots"),
+    ("bitsandbytes", "0.50", None, "NF4 checkpoints"),
+    ("flash-attn", "2.6", None, "prefill"),
+)
+OPTIONAL = {"nvtx", "av", "matplotlib", "bitsandbytes", "flash-attn"}
+
+
+def doctor(console: Console) -> bool:
+    """Print the report; True if everything needed is there in a supported version."""
+    healthy = _packages(console)
+    _backends(console)
+    _caches(console)
+    return healthy
+
+
+def _packages(console: Console) -> bool:
+    table = Table(
+        "package", "found", "supported", "for", title=f"Python {platform.python_version()}"
+    )
+    healthy = True
+    for name, low, high, purpose in SUPPORTED:
+        wanted = f">={low}" + (f",<{high}" if high else "")
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            healthy &= name in OPTIONAL
+            table.add_row(name, "missing" if name not in OPTIONAL else "-", wanted, purpose)
+            continue
+        plain = Version(Version(found).public)
+        good = plain >= Version(low) and (high is None or plain < Version(high))
+        healthy &= good
+        table.add_row(name, found if good else f"{found} (not supported)", wanted, purpose)
+    console.print(table)
+    return healthy
+
+
+def _backends(console: Console) -> None:
+    import torch
+
+    import xspec_kernels
+
+    info = xspec_kernels.info()
+    console.print(f"native module: {info['native']}")
+    console.print(f"triton: {info['triton']}{' (interpreted)' if info['interpreted'] else ''}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    console.print(f"GPU: {gpu}; nvcc: {shutil.which('nvcc') or 'not found'}")
+    table = Table("op", "auto on CPU", "auto on CUDA", title="Backends")
+    for op, choice in info["auto"].items():
+        table.add_row(op, choice["cpu"], choice["cuda"])
+    console.print(table)
+    console.print(
+        "auto takes the C++ version on the CPU where it is built, Triton on CUDA where it is "
+        "installed, else torch; no CUDA C++ kernel until its check on a GPU is recorded. "
+        f"XSPEC_BACKEND is {os.environ.get('XSPEC_BACKEND') or 'not set'}."
+    )
+
+
+def _caches(console: Console) -> None:
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if not folder.is_dir():
+        console.print(f"compiled kernels: none ({folder})")
+        return
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    console.print(f"compiled kernels: {size / 1e6:.1f} MB in {folder}; clear: rm -r {folder}")
