@@ -9,7 +9,7 @@ export XSPEC_CUDA_ARCHS ?= 90-virtual
 NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup e2e test lint clean
+.PHONY: setup e2e test lint gpu-bundle clean
 
 setup: $(VENV)/.xspec-built
 
@@ -39,6 +39,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+# What bench/gpu_suite.py carries to a machine without a network: peers to beat, recorded data.
+gpu-bundle: setup
+	$(BIN)/python -m xspec_runtime.gpu.bundle gpu_bundle
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info xspec_kernels/_C.*.so .pytest_cache .ruff_cache .hypothesis

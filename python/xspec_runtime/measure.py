@@ -5,13 +5,13 @@ schema.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 from .arms import Arm, Outcome, Task
 from .environment import environment
+from .metrics import accept_histogram, acceptance_rate, gain, tokens_per_verify
 from .workloads import PLAIN, Workload
 
 SCHEMA = "xspec.e2e/1"
@@ -73,9 +73,9 @@ def _run(arm: Arm, task: Task, index: int, trace: Callable[[str], None] | None):
         line = {
             "sample": index,
             "drafter": arm.name,
-            "rows": len(tree),
+            "rows": arm.decoder.config.rows,
             "online": True,
-            "context": len(context),
+            "context": list(context),
             "tokens": tree.tokens[1:],
             "parent_idx": [p - 1 for p in tree.parent_idx[1:]],
             "accepted": verdict.accepted,
@@ -143,9 +143,9 @@ def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float)
         "decode_ms": median(decode) if decode else None,
         "total_ms": median(o.total_ms for o in outcomes),
         "ttft_ms": median(o.ttft_ms for o in outcomes),
-        "acceptance_rate": sum(r.accepted for r in rounds) / drafted if drafted else None,
+        "acceptance_rate": acceptance_rate(sum(r.accepted for r in rounds), drafted),
         "tokens_per_verify": per_verify,
-        "gain": per_verify * step_ms / verify_ms if rounds else None,
+        "gain": gain(per_verify, verify_ms, step_ms) if rounds else None,
         "speedup_total": reference / total,
         "speedup_decode": plain_decode / sum(decode) if decode else None,
         "identical": sum(s.identical for s in samples),
@@ -169,12 +169,11 @@ def _tokens_per_verify(outcomes: list[Outcome]) -> float:
     """Tokens after the first one per forward pass after the first; assisted generation, whose first
     pass already verifies, is counted the same way."""
     later = sum(max(o.forwards - 1, 1) for o in outcomes)
-    return sum(len(o.tokens) - 1 for o in outcomes) / later
+    return tokens_per_verify(sum(len(o.tokens) - 1 for o in outcomes), later)
 
 
 def _histogram(rounds: list) -> dict[str, int]:
-    counts = Counter(r.accepted for r in rounds)
-    return {str(k): counts.get(k, 0) for k in range(max(counts) + 1)}
+    return {str(k): n for k, n in accept_histogram(r.accepted for r in rounds).items()}
 
 
 def _by_accepted(outcomes: list[Outcome], ratios: list[float]) -> list[dict]:

@@ -118,15 +118,20 @@ class NgramMemory:
         """Token -> probability out of `left`, from the heaviest continuations of every order."""
         position, singles, nodes = matches
         high, low, discount = self._shares
-        order = len(nodes) - 1
+        order = singles + len(nodes) - 1
         found: dict[int, float] = {}
         if position >= 0:
             weight = self._trie.weights[position >> OFFSET_BITS]
             trust = weight / (weight + discount)
-            lower = min(singles, max(0, LOW_ORDERS - len(nodes)))
-            missed = left * (1 - high * trust) ** (singles - lower) * (1 - low * trust) ** lower
-            found[self._trie.after(position)] = left - missed
-            left = missed
+            chance = 0.0
+            # Step by step, so that a node that fell back to one occurrence gives the same bits.
+            for single in range(order, order - singles, -1):
+                part = left * trust * (high if single >= LOW_ORDERS else low)
+                left -= part
+                part /= weight
+                chance += part * weight
+            found[self._trie.after(position)] = chance
+            order -= singles
         for node in nodes:
             total = node.total
             if total:

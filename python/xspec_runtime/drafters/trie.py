@@ -8,7 +8,6 @@ token costs one dictionary look-up an order, whatever the size of the trie.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -151,14 +150,18 @@ class SuffixTrie:
         offset = (position & OFFSET_MASK) + 1
         return answer[offset] if offset < len(answer) else None
 
-    def weight(self, child: Node | int) -> int:
-        """Weight of an n-gram's occurrences."""
-        return self.weights[child >> OFFSET_BITS] if type(child) is int else child.count
-
     def rank(self, node: Node) -> list[tuple[int, int]]:
         """The heaviest continuations of a context as (-weight, token), kept until they change."""
-        ranked = ((-self.weight(child), token) for token, child in node.next.items())
-        node.top = list(ranked) if len(node.next) == 1 else heapq.nsmallest(MAX_CHILDREN, ranked)
+        weights = self.weights
+        ranked = [
+            (-(weights[child >> OFFSET_BITS] if type(child) is int else child.count), token)
+            for token, child in node.next.items()
+        ]
+        if len(ranked) > MAX_CHILDREN:
+            floor = sorted(weight for weight, _ in ranked)[MAX_CHILDREN - 1]
+            ranked = [pair for pair in ranked if pair[0] <= floor]
+        ranked.sort()
+        node.top = ranked[:MAX_CHILDREN]
         return node.top
 
     def nodes(self) -> int:

@@ -1,0 +1,58 @@
+"""Recorded token pairs through the drafters and the accept op: no model needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from xspec_runtime.cli import run_cli
+from xspec_runtime.files import write_json
+from xspec_runtime.replay import ReplayOptions, run_replay
+from xspec_runtime.replay_report import replay_table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> None:
+    """Replay with a progress bar, print the table, write the files."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading")
+        results = run_replay(
+            options,
+            trace,
+            lambda done, steps, arm: bar.update(task, completed=done, total=steps, description=arm),
+        )
+    Console().print(replay_table(results))
+    if json_file:
+        write_json(json_file, results)
+    if not results["complete"]:
+        raise KeyboardInterrupt
+
+
+@app.command()
+def main(
+    pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
+    train: Annotated[Path | None, typer.Option(help="Pairs that fill the memories.")] = None,
+    folds: Annotated[int, typer.Option(help="Contiguous folds, without --train.")] = 5,
+    gamma: Annotated[int, typer.Option(help="Draft tokens of raw draft and constant string.")] = 5,
+    rows: Annotated[str, typer.Option(help="Rows of the memory drafters.")] = "6,16,32,64",
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    backend: Annotated[str, typer.Option(help="Of the accept op.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results, JSON.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="JSON lines, one a verify.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Compare drafters on recorded answers."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    values = (pairs, train, folds, gamma, rows, limit, backend, command)
+    run_cli(lambda: run(ReplayOptions(*values), json_file, trace), debug)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from xspec_runtime.gpu import bundle, check, rounds
+from xspec_runtime.gpu.cases import tree_mask_cases
+from xspec_runtime.gpu.clock import interleaved
+from xspec_runtime.gpu.compiled import compiled_kernels
+from xspec_runtime.gpu.decoder import Decoder, Shape
+from xspec_runtime.gpu.parts import CheckFailed, Context, Options
+
+
+def one_case(wrong):
+    """One case, `wrong` from the first call on that is compared with the reference: before it, one
+    call for each of three backends finds those that run, and one makes the reference.
+    """
+
+    def make(rng, sizes):
+        case = next(tree_mask_cases(rng, (5,)))
+        calls = []
+
+        def call(inputs, backend):
+            calls.append(backend)
+            got = case.call(inputs, "torch")
+            return got if len(calls) <= 4 else wrong(got)
+
+        yield type(case)("tree_mask", "planted", case.inputs, call, case.outputs)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda got: [got[0], got[1] + 1, *got[2:]],
+        lambda got: [torch.empty_like(tensor) for tensor in got],
+        lambda got: [got[0].int(), *got[1:]],
+    ],
+    ids=["value", "unwritten", "dtype"],
+)
+def test_planted_mismatch_names_op_backend_and_case(wrong, monkeypatch):
+    monkeypatch.setitem(check.OPS, "tree_mask", one_case(wrong))
+    with pytest.raises(CheckFailed, match="tree_mask, torch, planted, repeat 0"):
+        list(check.check_op("tree_mask", Context(Options(dry_run=True), 0)))
+    monkeypatch.setitem(check.OPS, "tree_mask", one_case(lambda got: got))
+    for fact in check.check_op("tree_mask", Context(Options(dry_run=True), 0)):
+        assert fact["ops"][0]["unavailable"] or fact["ops"][0]["mismatches"] == 0
+
+
+def test_planted_mismatch_of_a_round_is_found(monkeypatch):
+    sound = rounds.kv_commit
+
+    def stuck(caches, *arguments, backend):
+        if backend == "torch":
+            return sound(caches, *arguments, backend=backend)
+        return arguments[2] + arguments[1] + 1
+
+    backends = {"tree_mask": "torch", "verify_greedy": "torch", "kv_commit": "auto"}
+    assert rounds.check_rounds(backends, "cpu", 0, 5)["mismatch"] is None
+    monkeypatch.setattr(rounds, "kv_commit", stuck)
+    assert "cache" in rounds.check_rounds(backends, "cpu", 0, 5)["mismatch"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("dense", [False, True], ids=["causal", "mask"])
+def test_decoder_is_the_llama_of_transformers(rows, dense, seed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, start = Shape(2, 64, 4, 96, 128), 11
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2,
+                         intermediate_size=96, vocab_size=128, rms_norm_eps=shape.eps,
+                         rope_theta=shape.theta, tie_word_embeddings=False)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.inference_mode():
+        ours = Decoder(shape, start, 6, "cpu", torch.float32, seed=3)
+        ours.layers += [ours.random_layer() for _ in range(shape.layers)]
+        model.model.embed_tokens.weight.copy_(ours.embedding)
+        model.model.norm.weight.copy_(ours.norm)
+        model.lm_head.weight.copy_(ours.head.weight)
+        for mine, theirs in zip(ours.split().layers, model.model.layers, strict=True):
+            attention, mlp = theirs.self_attn, theirs.mlp
+            names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                     mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
+            linears = (*mine.qkv, mine.out, *mine.gate_up, mine.down)
+            for linear, module in zip(linears, names, strict=True):
+                module.weight.copy_(linear.weight)
+            theirs.input_layernorm.weight.copy_(mine.attention_norm)
+            theirs.post_attention_layernorm.weight.copy_(mine.mlp_norm)
+        prompt = torch.randint(128, (1, start))
+        done = model(torch.cat([prompt, ours.ids[None, :rows]], 1), use_cache=True)
+        for mine, theirs in zip(ours.layers, done.past_key_values.layers, strict=True):
+            mine.keys[:, :, :start] = theirs.keys[:, :, :start]
+            mine.values[:, :, :start] = theirs.values[:, :, :start]
+        for decoder in (ours, ours.split()):
+            tokens, logits = decoder.forward(rows, decoder.mask(rows, dense))
+            torch.testing.assert_close(logits, done.logits[0, start:], atol=1e-4, rtol=1e-4)
+            assert torch.equal(tokens, logits.argmax(-1))
+
+
+def test_bytes_of_a_7b_verify():
+    """Weights and head of Vicuna-7B in bf16, and half a megabyte of K and V a token."""
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 2 + 32064 * 4096 * 2
+    decoder = object.__new__(Decoder)
+    layer = SimpleNamespace(
+        nbytes=(weights - 32064 * 4096 * 2) // 32,
+        keys=torch.empty(1, 32, 2140, 128, dtype=torch.bfloat16, device="meta"),
+    )
+    decoder.layers, decoder.start = [layer] * 32, 2076
+    decoder.head = SimpleNamespace(nbytes=32064 * 4096 * 2)
+    assert decoder.nbytes(22) == weights + (2076 + 22) * 2**19
+
+
+def test_interleaved_times_every_entry():
+    calls = []
+    work = {key: (lambda key=key: calls.append(key)) for key in "abc"}
+    timings = interleaved(work, "cpu", repeats=4, burst=2)
+    assert {key: timing.calls for key, timing in timings.items()} == dict.fromkeys("abc", 8)
+    assert all(timing.ms > 0 and timing.spread >= 0 for timing in timings.values())
+    assert calls[:3] == ["a"] * 3 and calls[9:12] == ["b"] * 3
+
+
+def test_compiled_kernels_come_from_tritons_caches(monkeypatch):
+    assert all("spills" in kernel for kernel in compiled_kernels())
+    form = SimpleNamespace(asm={"cubin": b"code"}, n_regs=40, n_spills=3,
+                           metadata=SimpleNamespace(shared=128, num_warps=2))  # fmt: skip
+    name = "xspec_kernels.planted"
+    kernel = SimpleNamespace(__module__=name, __name__="k", device_caches={0: ({"key": form}, {})})
+    module = ModuleType(name)
+    module.kernel = kernel
+    monkeypatch.setitem(sys.modules, name, module)
+    (found,) = [fact for fact in compiled_kernels() if fact["name"] == f"{name}.k"]
+    assert (found["registers"], found["spills"], found["shared"]) == (40, 3, 128)
+    with pytest.raises(CheckFailed, match="spills 3"):
+        list(check.compiled(Context(Options(dry_run=True), 0)))
+
+
+def wheel(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    return path
+
+
+def test_bundle_keeps_one_library(tmp_path):
+    base = [f"bitsandbytes/{lib}" for lib in bundle.LIBRARIES]
+    others = ["bitsandbytes/libbitsandbytes_cuda118.so", "bitsandbytes/libbitsandbytes_xpu.so"]
+    python = ["bitsandbytes/__init__.py", "bitsandbytes-1.10.0.dist-info/METADATA"]
+    full = wheel(tmp_path / "a.whl", *base, *others, *python)
+    for version in ("1.9.0", "1.10.0"):
+        bundle.unpack(full, tmp_path / f"bitsandbytes-{version}")
+    (tmp_path / "bitsandbytes-broken").mkdir()
+    assert list(bundle.carried(tmp_path, "bitsandbytes")) == ["1.10.0", "1.9.0"]
+    kept = {str(f.relative_to(tmp_path / "bitsandbytes-1.9.0"))
+            for f in (tmp_path / "bitsandbytes-1.9.0").rglob("*") if f.is_file()}  # fmt: skip
+    assert kept == {*base, *python}
+
+
+def test_bundle_refuses_a_wheel_without_the_library(tmp_path):
+    target = tmp_path / "bitsandbytes-1.0"
+    bundle.unpack(wheel(tmp_path / "a.whl", *(f"b/{lib}" for lib in bundle.LIBRARIES)), target)
+    with pytest.raises(RuntimeError, match=r"holds no libbitsandbytes_cuda130\.so"):
+        bundle.unpack(wheel(tmp_path / "b.whl", "b/libbitsandbytes_cpu.so"), target)
+    assert (target / "b").is_dir()

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from xspec_runtime.drafters.base import Drafter, DraftTree, Request
+from xspec_runtime.drafters.merge import MergedDrafter, merge
+
+
+def random_tree(rng: random.Random, root: int, nodes: int, vocab: int = 3) -> DraftTree:
+    tree, edges = DraftTree.root(root), set()
+    while len(tree) < nodes:
+        parent, token = rng.randrange(len(tree)), rng.randrange(vocab)
+        if (parent, token) in edges and rng.random() < 0.9:
+            continue
+        edges.add((parent, token))
+        tree.add(parent, token, tree.scores[parent] * rng.choice([1.0, 0.5, 0.25]))
+    return tree
+
+
+def path(tree: DraftTree, node: int) -> tuple[int, ...]:
+    tokens = []
+    while node > 0:
+        tokens.append(tree.tokens[node])
+        node = tree.parent_idx[node]
+    return tuple(reversed(tokens))
+
+
+def test_against_paths_in_a_dictionary(rng):
+    for _ in range(100):
+        trees = [random_tree(rng, 7, rng.randint(1, 20)) for _ in range(rng.randint(1, 4))]
+        rows = rng.randint(1, 40)
+        best: dict[tuple[int, ...], float] = {}
+        for tree in trees:
+            for i in range(1, len(tree)):
+                key = path(tree, i)
+                best[key] = max(best.get(key, 0.0), tree.scores[i])
+        merged = merge(trees, rows)
+        found = {path(merged, i): merged.scores[i] for i in range(1, len(merged))}
+        assert len(found) == len(merged) - 1 == min(rows - 1, len(best))
+        assert all(found[key] == best[key] for key in found)
+        assert all(merged.parent_idx[i] < i for i in range(len(merged)))
+        assert all(
+            merged.scores[i] <= merged.scores[merged.parent_idx[i]] for i in range(1, len(merged))
+        )
+        left_out = [score for key, score in best.items() if key not in found]
+        assert not left_out or max(left_out) <= min(found.values(), default=1.0)
+
+
+def test_shared_paths_and_ties():
+    one = DraftTree.chain(1, [2, 3], [0.6, 0.3])
+    two = DraftTree.chain(1, [2, 4], [0.9, 0.3])
+    merged = merge([one, two], 8)
+    assert merged.tokens == [1, 2, 3, 4]
+    assert merged.parent_idx == [-1, 0, 1, 1]
+    assert merged.scores == [1.0, 0.9, 0.3, 0.3]
+    assert merge([one, two], 3).tokens == [1, 2, 3]
+    assert merge([two, one], 3).tokens == [1, 2, 4]
+    assert merge([one, two], 1) == DraftTree.root(1)
+
+
+def test_equal_scores_put_parents_first():
+    chain = DraftTree.chain(1, [2, 3, 4])
+    assert merge([chain, DraftTree.chain(1, [5, 6, 7])], 5).tokens == [1, 2, 5, 3, 6]
+
+
+def test_a_score_above_its_parents_is_lowered():
+    assert merge([DraftTree([1, 2, 3], [-1, 0, 1], [1.0, 0.2, 0.9])], 3).scores == [1.0, 0.2, 0.2]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="at least one tree"):
+        merge([], 4)
+    with pytest.raises(ValueError, match=r"same root, got tokens \[1, 2\]"):
+        merge([DraftTree.root(1), DraftTree.root(2)], 4)
+    with pytest.raises(ValueError, match="rows must be from 1 to 64, got 0"):
+        merge([DraftTree.root(1)], 0)
+    with pytest.raises(ValueError, match="at least one drafter"):
+        MergedDrafter([])
+
+
+class Recorder:
+    def __init__(self, name: str, tokens: list[int]) -> None:
+        self.name, self.tokens, self.calls = name, tokens, []
+
+    def begin(self, request):
+        self.calls.append(("begin", request.prompt_ids))
+
+    def propose(self, context, rows):
+        self.calls.append(("propose", list(context), rows))
+        return DraftTree.chain(context[-1], self.tokens[: rows - 1])
+
+    def end(self, answer):
+        self.calls.append(("end", list(answer)))
+
+
+def test_all_drafters_take_part():
+    parts = [Recorder("a", [1, 2]), Recorder("b", [3])]
+    drafter = MergedDrafter(parts)
+    assert isinstance(drafter, Drafter) and drafter.name == "tree"
+    drafter.begin(Request([4]))
+    assert drafter.propose([5], 6).tokens == [5, 1, 3, 2]
+    drafter.end([5, 1])
+    for part in parts:
+        assert part.calls == [("begin", [4]), ("propose", [5], 6), ("end", [5, 1])]
