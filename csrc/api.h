@@ -56,6 +56,11 @@ void verify_greedy_cpu(const VerifyGreedyArgs<Token>& args);
 // moved.
 int kv_commit_cpu(const KvCommitArgs& args);
 
+// Whether an NVTX tool listens; push and pop do nothing otherwise. A null payload is none.
+bool nvtx_attached();
+void nvtx_push(const char* name, uint32_t color, const int64_t* payload);
+void nvtx_pop();
+
 #ifdef XSPEC_WITH_CUDA
 // These return a cudaError_t; `stream` is a cudaStream_t.
 int tree_mask_cuda(const TreeMaskArgs& args, int device, void* stream);

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -137,6 +138,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = "";
   m.def("device_count", [] { return 0; });
 #endif
+  m.def("nvtx_attached", &xspec::nvtx_attached);
+  m.def("nvtx_push", [](const char* name, uint32_t color, std::optional<int64_t> payload) {
+    xspec::nvtx_push(name, color, payload ? &*payload : nullptr);
+  });
+  m.def("nvtx_pop", &xspec::nvtx_pop);
   m.def("tree_mask", &tree_mask);
   m.def("verify_greedy_int32", &verify_greedy<int32_t>);
   m.def("verify_greedy_int64", &verify_greedy<int64_t>);

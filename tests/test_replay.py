@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from xspec_runtime import replay as replay_module
+from xspec_runtime.data.pairs import contiguous_folds, read_pairs
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.replay import ReplayOptions, replay, replay_markdown, run_replay
-from xspec_runtime.replay_arms import PositionDrafter
+from xspec_runtime.replay_arms import PositionDrafter, replay_arms
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench" / "replay.py"
@@ -257,12 +258,19 @@ def test_ctrl_c_ends_cleanly(tmp_path):
 @pytest.mark.slow
 def test_goals_on_the_recorded_file(shared_dir):
     """Means over 5 contiguous folds of the recorded answers."""
-    pairs = shared_dir / "data" / "dsec_1s_token_pairs.jsonl"
+    pairs = read_pairs(shared_dir / "data" / "dsec_1s_token_pairs.jsonl")
     goals = {(6, False): 3.2, (16, False): 4.3, (16, True): 5.4, (64, True): 7.0}
-    results = run_replay(ReplayOptions(pairs, rows=(6, 16, 64)))
-    found = {
-        (e["rows"], e["online"]): e["tokens_per_verify"]
-        for e in results["replay"]
-        if e["drafter"] == "memory tree"
-    }
+    found = {}
+    for arm in replay_arms(gamma=5, rows=(6, 16, 64)):
+        key = arm.rows, arm.online
+        if arm.drafter != "memory tree" or key not in goals:
+            continue
+        folds = []
+        for number, fold in enumerate(contiguous_folds(len(pairs), 5)):
+            drafter = arm.make(number, [*pairs[: fold.start], *pairs[fold.stop :]])
+            rounds = [r for i in fold for r in replay(drafter, pairs[i].target, arm.rows)]
+            folds.append(sum(r.emitted for r in rounds) / len(rounds))
+        found[key] = sum(folds) / len(folds)
+    print(found)
+    assert found.keys() == goals.keys()
     assert {key: found[key] for key, goal in goals.items() if found[key] < goal} == {}

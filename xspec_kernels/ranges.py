@@ -3,9 +3,9 @@
     with range_("verify", rows):
         ...
 
-Names come from `NAMES`, so that a timeline holds no stray ones. A payload is an integer known when
-the range opens, which is all that NVTX takes: `verify` carries the rows that go in, and the accepted
-draft tokens that come out are the payload of the `verify.commit` that follows.
+Names come from `NAMES`, so that a timeline holds no stray ones. NVTX takes a payload when a range
+opens: `verify` carries the rows that go in, and the accepted draft tokens that come out are the
+payload of the `verify.commit` that follows.
 
 Ranges go through the `nvtx` package or, without it, the native module; if neither is there, or no
 tool was attached when this module was imported, they do nothing. They nest per thread.
@@ -13,8 +13,8 @@ tool was attached when this module was imported, they do nothing. They nest per 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import lru_cache
-from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from xspec_kernels import _native
@@ -25,32 +25,21 @@ except ImportError:
     _nvtx = None
 
 DOMAIN = "xspec"
-
-
-class _Names(dict):
-    """A dict in which a missing name is a ValueError, at no cost to the others."""
-
-    def __missing__(self, name: str) -> NoReturn:
-        raise ValueError(f"no range is named {name!r}, expected one of {', '.join(self)}")
-
-
-NAMES: dict[str, str] = _Names(
-    {
-        "draft.prefill": "prompt rows",
-        "draft.decode": "tokens fed",
-        "draft.adapter": "draft tokens mapped",
-        "draft.propose": "most rows allowed",
-        "target.preprocess": "frames or event images",
-        "target.vision": "frames or event images",
-        "target.prefill": "prompt rows",
-        "target.decode": "rows: 1, a round without drafts",
-        "verify": "rows, root included",
-        "verify.forward": "rows, root included",
-        "verify.accept": "rows, root included",
-        "verify.commit": "accept_len",
-        "readback": "values copied to the host",
-    }
-)
+NAMES: dict[str, str] = {
+    "draft.prefill": "prompt rows",
+    "draft.decode": "tokens fed",
+    "draft.adapter": "draft tokens mapped",
+    "draft.propose": "most rows allowed",
+    "target.preprocess": "frames or event images",
+    "target.vision": "frames or event images",
+    "target.prefill": "prompt rows",
+    "target.decode": "rows: 1, a round without drafts",
+    "verify": "rows, root included",
+    "verify.forward": "rows, root included",
+    "verify.accept": "rows, root included",
+    "verify.commit": "accept_len",
+    "readback": "values copied to the host",
+}
 """Every range and what its payload means."""
 
 _COLORS = {
@@ -122,16 +111,11 @@ class _Idle:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         return None
 
 
-class _Range(_Idle):
+class _Range:
     """A range that the attached tool records."""
 
     __slots__ = ("name", "payload")
@@ -147,7 +131,7 @@ class _Range(_Idle):
         pop()
 
 
-_IDLE: dict[str, _Idle] = _Names(dict.fromkeys(NAMES, _Idle()))
+_IDLE = _Idle()
 
 
 def attached() -> bool:
@@ -155,7 +139,7 @@ def attached() -> bool:
     return _TOOL is not None
 
 
-def range_(name: str, payload: int | None = None) -> _Idle:
+def range_(name: str, payload: int | None = None) -> AbstractContextManager[None]:
     """A context manager: the range `name` around its block.
 
     Args:
@@ -164,13 +148,15 @@ def range_(name: str, payload: int | None = None) -> _Idle:
     Raises:
         ValueError: `name` is none of `NAMES`, tool or not.
     """
-    idle = _IDLE[name]
-    return idle if _TOOL is None else _Range(name, payload)
+    if name not in NAMES:
+        _reject(name)
+    return _IDLE if _TOOL is None else _Range(name, payload)
 
 
 def push(name: str, payload: int | None = None) -> None:
     """Open a range that `pop` closes; for those that are no block, otherwise see `range_`."""
-    NAMES[name]
+    if name not in NAMES:
+        _reject(name)
     if _TOOL is not None:
         _TOOL.push(name, payload)
 
@@ -179,3 +165,7 @@ def pop() -> None:
     """Close the innermost range of this thread."""
     if _TOOL is not None:
         _TOOL.pop()
+
+
+def _reject(name: str) -> NoReturn:
+    raise ValueError(f"no range is named {name!r}, expected one of {', '.join(NAMES)}")

@@ -94,22 +94,24 @@ class HfArm:
         self.model = model
         self.plain = plain
         self.options = options
-        self.forwards = 0
-        model.register_forward_pre_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.forwards += 1
 
     def run(self, task: Task, on_round: OnRound | None = None) -> Outcome:
         streamer = _FirstToken()
-        self.forwards = 0
+        forwards = 0
+
+        def count(*_: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        hook = self.model.register_forward_pre_hook(count)
         start = perf_counter()
         with torch.inference_mode():
             ids = self.model.generate(
                 **task.inputs, do_sample=False, streamer=streamer, **self.options
             )
         total = 1e3 * (perf_counter() - start)
+        hook.remove()
         tokens = ids[0, task.inputs["input_ids"].shape[1] :].tolist()
         ttft = 1e3 * (streamer.at - start) if streamer.at else total
         # Assisted generation verifies drafts in its first pass: it has no prefill of its own.
-        return Outcome(tokens, total, ttft, ttft if self.plain else None, forwards=self.forwards)
+        return Outcome(tokens, total, ttft, ttft if self.plain else None, forwards=forwards)

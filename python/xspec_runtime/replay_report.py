@@ -18,7 +18,7 @@ LEGEND = (
 
 def replay_table(results: Mapping[str, Any]) -> Table:
     """Results of schema ``xspec.replay/1`` for the terminal."""
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     caption = LEGEND if results["complete"] else f"Interrupted. {LEGEND}"
@@ -27,7 +27,8 @@ def replay_table(results: Mapping[str, Any]) -> Table:
         caption=caption,
         title_justify="left",
         caption_justify="left",
-        box=SIMPLE,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in COLUMNS:
         table.add_column(

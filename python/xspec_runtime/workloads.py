@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .arms import Arm, DecoderArm, HfArm, Task
 from .config import SpecConfig
@@ -60,6 +61,11 @@ class Workload:
     facts: dict[str, object] = field(default_factory=dict)
 
 
+def unrelated_memory() -> NgramMemory:
+    """An empty memory for requests that have nothing to do with the ones before them."""
+    return NgramMemory(recency=0)
+
+
 class MiniPair:
     """The embedded pair, loaded once; builds tasks and arms."""
 
@@ -97,9 +103,8 @@ class MiniPair:
 
     def memory(self) -> NgramMemory:
         """The target's answers on training scenes."""
-        memory = NgramMemory()
-        for answer in self.answers:
-            memory.add(answer)
+        memory = unrelated_memory()
+        memory.extend(self.answers)
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
@@ -110,7 +115,7 @@ class MiniPair:
         if name == "draft":
             return ModelDrafter(self.draft_model, gamma)
         if name == "ngram_cold":
-            return NgramDrafter(NgramMemory(), online=True, name=name)
+            return NgramDrafter(unrelated_memory(), online=True, name=name)
         if name == "ngram":
             return NgramDrafter(self.memory(), online=True, name=name)
         memory = NgramDrafter(self.memory(), online=True)
@@ -217,7 +222,7 @@ def text_workload(
         return lambda: DecoderArm(name, SpeculativeDecoder(runner, make(), config))
 
     def ngram() -> Drafter:
-        return NgramDrafter(NgramMemory(), online=True, name="ngram_cold")
+        return NgramDrafter(unrelated_memory(), online=True, name="ngram_cold")
 
     def drafted(siblings: int = 0) -> Drafter:
         return ModelDrafter(draft_model, settings.gamma, siblings, capacity=capacity)
@@ -225,22 +230,25 @@ def text_workload(
     def tree() -> Drafter:
         return MergedDrafter([ngram(), drafted(2)]) if draft_model else ngram()
 
+    @cache
+    def plain() -> PreTrainedModel:
+        # A model of its own: transformers' arms run on transformers' own attention.
+        return load(target)
+
     lookup = {
         "prompt_lookup_num_tokens": settings.gamma,
         "max_matching_ngram_size": MAX_MATCHING_NGRAM,
     }
     arms: dict[str, Callable[[], Arm]] = {
         PLAIN: ours(PLAIN, 1, lambda: None),
-        "hf_generate": lambda: HfArm("hf_generate", load(target), True, **common),
-        "hf_prompt_lookup": lambda: HfArm(
-            "hf_prompt_lookup", load(target), False, **lookup, **common
-        ),
+        "hf_generate": lambda: HfArm("hf_generate", plain(), True, **common),
+        "hf_prompt_lookup": lambda: HfArm("hf_prompt_lookup", plain(), False, **lookup, **common),
         "ngram_cold": ours("ngram_cold", settings.gamma + 1, ngram),
         "tree": ours("tree", settings.rows, tree),
     }
     if draft_model:
         arms["hf_assisted"] = lambda: HfArm(
-            "hf_assisted", load(target), False, assistant_model=load(draft), **common
+            "hf_assisted", plain(), False, assistant_model=load(draft), **common
         )
         arms["draft"] = ours("draft", settings.gamma + 1, drafted)
     return Workload(

@@ -52,15 +52,20 @@ class MergedDrafter:
     """Asks all its drafters and merges what they propose.
 
     Args:
-        drafters: in order of precedence where scores are equal.
+        drafters: in order of precedence where scores are equal, the cheapest first.
         name: how reports call it.
+        enough: accepted tokens to expect (the sum of a tree's scores) from which on the drafters
+            after it are not asked: what they could add is not worth their time.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], name: str = "tree") -> None:
+    def __init__(
+        self, drafters: Sequence[Drafter], name: str = "tree", enough: float = float("inf")
+    ) -> None:
         if not drafters:
             raise ValueError("MergedDrafter needs at least one drafter")
         self.drafters = list(drafters)
         self.name = name
+        self.enough = enough
 
     def begin(self, request: Request) -> None:
         """Start the request in every drafter."""
@@ -69,7 +74,12 @@ class MergedDrafter:
 
     def propose(self, context: Sequence[int], rows: int) -> DraftTree:
         """The best `rows` nodes of all proposals of at most `rows` nodes."""
-        return merge([drafter.propose(context, rows) for drafter in self.drafters], rows)
+        trees: list[DraftTree] = []
+        for drafter in self.drafters:
+            trees.append(drafter.propose(context, rows))
+            if sum(trees[-1].scores[1:]) >= self.enough:
+                break
+        return merge(trees, rows)
 
     def end(self, answer: Sequence[int]) -> None:
         """End the request in every drafter."""
