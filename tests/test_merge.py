@@ -104,3 +104,29 @@ def test_all_drafters_take_part():
     drafter.end([5, 1])
     for part in parts:
         assert part.calls == [("begin", [4]), ("propose", [5], 6), ("end", [5, 1])]
+
+
+class Counting:
+    name = "counting"
+
+    def __init__(self, score: float) -> None:
+        self.score, self.asked = score, 0
+
+    def begin(self, request: Request) -> None:
+        self.asked = 0
+
+    def propose(self, context, rows: int) -> DraftTree:
+        self.asked += 1
+        return DraftTree.chain(context[-1], [2, 3], [self.score, self.score])
+
+    def end(self, answer) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("score", "asked"), [(0.9, 0), (0.75, 0), (0.5, 1)])
+def test_later_drafters_are_asked_only_while_more_is_to_be_gained(score: float, asked: int):
+    first, second = Counting(score), Counting(0.1)
+    MergedDrafter([first, second], enough=1.5).propose([1], 8)
+    assert (first.asked, second.asked) == (1, asked)
+    MergedDrafter([first, second]).propose([1], 8)
+    assert second.asked == asked + 1
