@@ -45,7 +45,7 @@ class Plan:
     scenes: int = 12_000
     held_out: int = 500
     tower_steps: int = 1200
-    target_steps: int = 1500
+    target_steps: int = 1600
     four_frame_share: float = 0.53
     draft_tower_steps: int = 600
     draft_steps: int = 700
@@ -218,9 +218,7 @@ def tower_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 class FactReader(nn.Module):
     """Reads a scene's facts from the visual tokens of one image as a language model would.
 
-    One learned query a lane, whose vehicle heads all lanes share, and one a further fact. It makes
-    patches speak one language, which the target's attention needs; heads on flattened patches do
-    not, but find small objects in fewer steps.
+    One learned query a lane, whose vehicle heads all lanes share, and one a further fact.
     """
 
     def __init__(self, width: int) -> None:
@@ -252,24 +250,34 @@ class FactHeads(nn.ModuleList):
         return [head(flat) for head in self]
 
 
-def train_tower(run: Run, name: str, tower: nn.Module, features, images: np.ndarray, steps: int):
-    """Facts read from single images, and from an early and a late one together.
+def train_tower(
+    run: Run, name: str, tower: nn.Module, features, images: np.ndarray, steps: int, kinds: str
+):
+    """Teach the tower to show a scene's facts to several kinds of readers.
 
-    The pair makes features carry what only changes between frames: motion, and the camera's own.
+    `kinds`: "cls" reads the CLS token, "one" all tokens of an image, "attention" as a language
+    model would, and "pair" the tokens of an early and a late image, which makes features carry
+    what only changes between frames: motion, and the camera's own.
     """
     width = tower.config.hidden_size
-    seen = min(2, images.shape[1])
     inputs = mini.PATCH_TOKENS * width
-    readers = {"attention": FactReader(width), "one": FactHeads(inputs)}
-    readers |= {"pair": FactHeads(seen * inputs)} if seen > 1 else {}
+    make = {
+        "attention": lambda: FactReader(width),
+        "cls": lambda: FactHeads(width),
+        "one": lambda: FactHeads(inputs),
+        "pair": lambda: FactHeads(2 * inputs),
+    }
+    readers = {kind: make[kind]() for kind in kinds.split()}
+    seen = 2 if "pair" in readers else 1
     modules = nn.ModuleDict({"tower": tower, "readers": nn.ModuleDict(readers)})
     size = 64 // seen
 
     def logits(rows: torch.Tensor, frames: torch.Tensor, brightness: torch.Tensor):
         x = mini.pixels(images[rows[:, None].numpy(), frames.numpy()])
         out = features(tower, ((x + 1) * brightness - 1).flatten(0, 1))
+        shown = {"cls": out[:, 0], "pair": out.unflatten(0, frames.shape)}
         for kind, reader in readers.items():
-            yield reader(out.unflatten(0, frames.shape) if kind == "pair" else out)
+            yield reader(shown.get(kind, out))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = _batch(generator, run.train, size)
@@ -521,7 +529,8 @@ def train(
     if part != "draft":
         target = models["target"]
         tower = target.model.video_tower
-        train_tower(run, "target_tower", tower, tower_features, run.video, plan.tower_steps)
+        steps = plan.tower_steps
+        train_tower(run, "target_tower", tower, tower_features, run.video, steps, "cls one pair")
         target.model.image_tower.load_state_dict(tower.state_dict())
         train_target(run, target)
         target.half().float()
@@ -534,7 +543,8 @@ def train(
             return module(x).last_hidden_state
 
         events = run.events[:, None]
-        train_tower(run, "draft_tower", tower, last_layer, events, plan.draft_tower_steps)
+        steps = plan.draft_tower_steps
+        train_tower(run, "draft_tower", tower, last_layer, events, steps, "attention one")
         raw = models["draft_raw"]
         train_draft(run, "draft_raw", raw, run.answers("draft"), run.train, plan.draft_steps)
     if part == "all":
