@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export XSPEC_CUDA_ARCHS ?= 90-virtual
 
 NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/simt tests/nvtx -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup e2e test lint gpu-bundle clean
 

@@ -8,22 +8,43 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from xspec_runtime.replay import replay_markdown
-from xspec_runtime.report import markdown_table
 
 from xspec_runtime.cli import run_cli
 from xspec_runtime.files import write_text
+from xspec_runtime.replay import replay_markdown
+from xspec_runtime.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-TABLES = {"e2e": ("e2e_cpu.json", markdown_table), "replay": ("replay.json", replay_markdown)}
+CHECKPOINTS = ROOT / "python" / "xspec_runtime" / "models" / "checkpoints"
+
+
+def training_markdown(record: dict) -> str:
+    """What training the embedded pair took and gave."""
+    stages = record["stages"]
+    lines = ["| stage | steps | CPU seconds | exact captions, held out |", "|---|---:|---:|---:|"]
+    for name, stage in stages.items():
+        exact = stage.get("held_out_exact_captions")
+        share = "" if exact is None else f"{exact:.1%} of {stage.get('held_out_scenes', 500)}"
+        lines.append(
+            f"| {name} | {stage.get('steps', '')} | {stage.get('cpu_seconds', 0):.0f} | {share} |"
+        )
+    lines.append(f"| all | | {record['stages_cpu_seconds']:.0f} | |")
+    return "\n".join([*lines, "", *record.get("notes", [])])
+
+
+TABLES = {
+    "e2e": (RESULTS / "e2e_cpu.json", markdown_table),
+    "replay": (RESULTS / "replay.json", replay_markdown),
+    "pair": (CHECKPOINTS / "training.json", training_markdown),
+}
 
 
 def publish(readme: Path, check: bool) -> None:
     """Rewrite the text between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     text = before = readme.read_text(encoding="utf-8")
     for name, (file, render) in TABLES.items():
-        results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        results = json.loads(file.read_text(encoding="utf-8"))
         block = (
             f"<!-- table: {name} -->\n{_source(file, results)}\n\n{render(results)}\n<!-- end -->"
         )
@@ -39,13 +60,13 @@ def publish(readme: Path, check: bool) -> None:
         write_text(readme, text)
 
 
-def _source(file: str, results: dict) -> str:
+def _source(file: Path, results: dict) -> str:
     env = results["environment"]
-    machine = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} threads"
-    return (
-        f"Measured: `{results['command']}` on {machine}; torch {env['torch']}, transformers "
-        f"{env['transformers']}, commit {env['commit']} ([raw](bench/results/{file}))."
-    )
+    machine = env.get("gpu") or env.get("cpu") or env["machine"]
+    where = [f"`{results['command']}` on {machine}"]
+    names = ("threads", "torch", "transformers", "commit")
+    where += [f"{name} {env[name]}" for name in names if env.get(name)]
+    return f"Measured: {', '.join(where)} ([raw]({file.relative_to(ROOT)}))."
 
 
 def main(

@@ -19,7 +19,7 @@ SUPPORTED = (
     ("transformers", "5.17", "6", "targets and drafts"),
     ("numpy", "1.26", None, "files"),
     ("safetensors", "0.4", None, "checkpoints, memories"),
-    ("nvtx", "0.2.10", None, "ranges in a profiler"),
+    ("nvtx", "0.2.12", None, "ranges in a profiler"),
     ("av", "12", None, "video files"),
     ("matplotlib", "3.8", None, "plots"),
     ("bitsandbytes", "0.50", None, "NF4 checkpoints"),

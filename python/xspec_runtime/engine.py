@@ -9,6 +9,8 @@ from time import perf_counter
 import torch
 from transformers import LogitsProcessorList
 
+from xspec_kernels import ranges
+
 from .config import SpecConfig
 from .drafters.base import Drafter, DraftTree, Request
 from .targets.transformers import TransformersTarget, Verdict
@@ -97,7 +99,8 @@ class SpeculativeDecoder:
         """
         target, drafter, config = self.target, self.drafter, self.config
         start = perf_counter()
-        verdict = target.prefill(inputs, logits_processor)
+        with ranges.range_("target.prefill", inputs["input_ids"].shape[-1]):
+            verdict = target.prefill(inputs, logits_processor)
         answer = Generation(self._cut(verdict.tokens, 0), near_ties=verdict.near_ties)
         first = perf_counter()
         answer.prefill_ms = 1e3 * (first - start)
@@ -112,16 +115,22 @@ class SpeculativeDecoder:
             # With one token left, the target's own next token ends the answer.
             budget = config.max_new_tokens - len(answer.tokens)
             if drafter and config.rows > 1 and budget > 1:
-                tree = drafter.propose(answer.tokens, config.rows)
+                with ranges.range_("draft.propose", config.rows):
+                    tree = drafter.propose(answer.tokens, config.rows)
             else:
                 tree = DraftTree.root(answer.tokens[-1])
             proposed = perf_counter()
-            logits = target.forward(tree)
-            forwarded = perf_counter()
-            verdict = target.accept(tree, logits, answer.tokens)
-            verified = perf_counter()
-            target.commit(verdict)
-            committed = perf_counter()
+            rows = len(tree)
+            with ranges.range_("verify" if rows > 1 else "target.decode", rows):
+                with ranges.range_("verify.forward", rows):
+                    logits = target.forward(tree)
+                forwarded = perf_counter()
+                with ranges.range_("verify.accept", rows):
+                    verdict = target.accept(tree, logits, answer.tokens)
+                verified = perf_counter()
+                with ranges.range_("verify.commit", verdict.accepted):
+                    target.commit(verdict)
+                committed = perf_counter()
             if on_round:
                 on_round(tree, verdict, answer.tokens)
             emitted = self._cut(verdict.tokens, len(answer.tokens))
@@ -131,7 +140,7 @@ class SpeculativeDecoder:
                 on_tokens(emitted)
             answer.rounds.append(
                 Round(
-                    len(tree),
+                    rows,
                     verdict.accepted,
                     len(emitted),
                     1e3 * (proposed - clock),

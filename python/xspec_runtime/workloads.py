@@ -137,8 +137,8 @@ class MiniPair:
             "pad_token_id": mini.PAD,
         }
 
-        # Prompt lookup copies from the prompt, and a copied placeholder makes the first verify fail:
-        # transformers counts it as a video token. The target never says one.
+        # Prompt lookup copies from the prompt, and a copied placeholder makes the first verify fail,
+        # as transformers takes it for a video token. The target never says one.
         spoken = {"suppress_tokens": [mini.IMAGE, mini.VIDEO, mini.EVENT], **common}
 
         def hf(name: str, plain: bool, **options) -> Callable[[], Arm]:

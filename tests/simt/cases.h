@@ -1,6 +1,7 @@
 // What both drivers share: a seeded generator, exactly sized arrays, and how a run ends.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>

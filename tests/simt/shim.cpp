@@ -2,6 +2,7 @@
 // are reported. Usage: shim NAME; exit status 0 if the kernel's answer was right.
 #include <cstdio>
 #include <map>
+#include <memory>
 
 #include "simt.h"
 

@@ -7,6 +7,7 @@ compilation holds them all. `kernel<<<grid, block, shared, stream>>>(args)` beco
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,8 @@ VERIFY_GREEDY = {
 COLUMN_SHARED = (
     "const int64_t column = int64_t(blockIdx.x) * kCommitThreads + threadIdx.x;",
     "const int64_t column = (int64_t(blockIdx.x) * kCommitThreads + threadIdx.x) / 2;",
+    "if (column < a.batch) {",
+    "if (column < a.batch && threadIdx.x % 2 == 0) {",
     "for (int first = 0; first < len; first += kBatch) {",
     "for (int pair = 0; pair < len; pair += 2 * kBatch) {\n"
     "    const int first = pair + threadIdx.x % 2 * kBatch;",
@@ -129,9 +132,59 @@ KV_COMMIT = {
     "words_cut": mutant("launch<uint64_t>(args", "launch<uint32_t>(args"),
 }
 
-MUTANTS = {"verify_greedy": VERIFY_GREEDY, "kv_commit": KV_COMMIT}
+TREE_MASK = {
+    "no_barrier_before_a_round_reads": mutant(
+        "shared_above[i] = above;\n    __syncthreads();",
+        "shared_above[i] = above;",
+        report="mismatch|AddressSanitizer|runtime error",
+    ),
+    "no_barrier_before_the_status_is_read": mutant(
+        "atomicOr(&shared_status, flags);\n  __syncthreads();", "atomicOr(&shared_status, flags);"
+    ),
+    "no_barrier_before_depths_are_read": mutant(
+        "shared_depth[i] = depth;\n  __syncthreads();",
+        "shared_depth[i] = depth;",
+        report="runtime error|overflow|mismatch",
+    ),
+    "status_not_cleared": mutant("if (i == 0) shared_status = 0;", ""),
+    "status_not_joined": mutant("atomicOr(&shared_status, flags)", "shared_status = flags"),
+    "threads_leave_before_a_barrier": mutant(
+        "const bool endless",
+        "if (i >= a.nodes) return;\n  const bool endless",
+        report="waits for ever in __syncthreads",
+    ),
+    "half_the_generations": mutant("round < 6", "round < 5"),
+    "one_node_too_many": mutant(
+        "if (i >= a.nodes) return;", "if (i > a.nodes) return;", report="heap-buffer-overflow"
+    ),
+    "node_not_on_its_own_path": mutant("node <= i", "node < i"),
+    "padding_starts_late": mutant("? depth + 1 : 0;", "? depth + 2 : 0;"),
+    "own_parent_allowed": mutant("parent >= i);", "parent > i);"),
+    "shift_in_32_bits": mutant(
+        "uint64_t(1) << i;", "uint64_t(1 << i);", report="runtime error: .*shift"
+    ),
+}
+
+MUTANTS = {"tree_mask": TREE_MASK, "verify_greedy": VERIFY_GREEDY, "kv_commit": KV_COMMIT}
+# Faults that ThreadSanitizer must see. Some go wrong in no order as long as threads take turns.
+RACES = {
+    "tree_mask": {
+        "no_barrier_before_the_next_round_writes": mutant(
+            "above = shared_above[above];\n    }\n    __syncthreads();",
+            "above = shared_above[above];\n    }",
+        ),
+        **{name: fault for name, fault in TREE_MASK.items() if name.startswith("no_barrier")},
+    },
+    "verify_greedy": {
+        "all_lanes_write_the_length": mutant("if (lane == 0) a.accept_len", "a.accept_len"),
+    },
+    "kv_commit": {
+        "column_shared_without_a_barrier": KV_COMMIT["column_shared_without_a_barrier"],
+    },
+}
 # Changed sources that are right: they show that a mutant fails by its fault alone.
-SOUND = {
+SOUND: dict[str, dict[str, Mutant]] = {
+    "tree_mask": {},
     "verify_greedy": {},
     "kv_commit": {"column_shared_with_a_barrier": mutant(*COLUMN_SHARED, *BARRIER)},
 }
@@ -161,12 +214,11 @@ def variant(source: str, name: str) -> str:
     return source
 
 
-def generate(op: str) -> str:
-    """What a driver includes: `original` and all changed sources, and VARIANTS(X) naming them."""
+def generate(op: str, faults: Mapping[str, Mutant]) -> str:
+    """What a driver includes: `original`, SOUND's changes and `faults`, and VARIANTS(X) for all."""
     source = source_of(op)
     texts = {"original": source}
-    changes = SOUND[op] | MUTANTS[op]
-    texts |= {name: planted(source, change) for name, change in changes.items()}
+    texts |= {name: planted(source, change) for name, change in {**SOUND[op], **faults}.items()}
     parts = ['#include "api.h"\n#include "cuda/device.cuh"\n']
     parts += [variant(text, name) for name, text in texts.items()]
     parts.append("#define VARIANTS(X) " + " ".join(f"X({name})" for name in texts) + "\n")

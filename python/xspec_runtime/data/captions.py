@@ -56,6 +56,7 @@ _WHERE = {
     "sunset": {"left": "at the left", "middle": "in the center", "right": "at the right"},
 }
 _COUNT = {1: "one vehicle", 2: "two vehicles", 3: "three vehicles"}
+_SALIENCE = {"cross": 0, "toward": 1, "away": 2, "parked": 3}
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ class Scene:
 
 
 def target_caption(scene: Scene) -> str:
-    """What the target says: all facts; the camera's motion decides which side comes first."""
+    """What the target says: all facts, most salient first."""
     road, time, background = _ROAD[scene.background], scene.time, scene.background
     opening = {
         "day": "The key elements in this scene include",
         "night": "The key elements in this night scene are",
         "sunset": "In this scene at sunset, the key elements are",
     }[time]
-    items = [_vehicle_item(v, scene) for v in _listed(scene)]
+    items = [_vehicle_item(v, scene) for v in _by_salience(scene)]
     if scene.pedestrian == "walking":
         items.insert(0, "a person walking")
     elif scene.pedestrian == "standing":
@@ -161,8 +162,8 @@ def draft_caption(scene: Scene) -> str:
     return " ".join([*text, "The road has a white line in the center."])
 
 
-def _listed(scene: Scene) -> list[Vehicle]:
-    return list(scene.vehicles if scene.driving else reversed(scene.vehicles))
+def _by_salience(scene: Scene) -> list[Vehicle]:
+    return sorted(scene.vehicles, key=lambda v: (_SALIENCE[v.motion], SLOTS.index(v.slot)))
 
 
 def _vehicle_item(vehicle: Vehicle, scene: Scene) -> str:
@@ -172,7 +173,7 @@ def _vehicle_item(vehicle: Vehicle, scene: Scene) -> str:
 
 
 def _advice(scene: Scene) -> str:
-    first = _listed(scene)[0]
+    first = _by_salience(scene)[0]
     noun = _NOUN[first.kind][scene.driving]
     if scene.light == "red":
         return "The driver must stop for the red light."

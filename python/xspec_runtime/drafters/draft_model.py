@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from xspec_kernels import ranges
+
 from ..kv_cache import KVCache
 from .base import DraftTree, Request
 from .llama_steps import LlamaSteps
@@ -53,7 +55,8 @@ class ModelDrafter:
         if "input_ids" not in inputs:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
         self.cache.reset()
-        self._forward(**inputs)
+        with ranges.range_("draft.prefill", inputs["input_ids"].shape[-1]):
+            self._forward(**inputs)
         self._prompt = self.cache.length
         self._fed = []
 
@@ -64,9 +67,9 @@ class ModelDrafter:
         node, score = 0, 1.0
         for _ in range(min(self.gamma, rows - 1)):
             self._fed += pending
-            logits = self._steps(pending)
-            best = logits.softmax(-1).topk(1 + self.siblings)
-            probabilities, tokens = best.values.tolist(), best.indices.tolist()
+            with ranges.range_("draft.decode", len(pending)):
+                best = self._steps(pending).softmax(-1).topk(1 + self.siblings)
+                probabilities, tokens = best.values.tolist(), best.indices.tolist()
             parent = node
             node = tree.add(parent, tokens[0], score * probabilities[0])
             for token, probability in zip(tokens[1:], probabilities[1:], strict=True):

@@ -42,11 +42,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Plan:
     """Sizes of a training run."""
 
-    scenes: int = 12_000
+    scenes: int = 7000
     held_out: int = 500
     tower_steps: int = 1200
     target_steps: int = 1600
-    four_frame_share: float = 0.53
+    four_frame_share: float = 0.62
     draft_tower_steps: int = 600
     draft_steps: int = 700
     answers: int = 3000

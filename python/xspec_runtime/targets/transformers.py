@@ -17,7 +17,7 @@ from transformers import AttentionInterface, LogitsProcessorList, PreTrainedMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from xspec_kernels import require_backend, tree_mask, verify_greedy
+from xspec_kernels import ranges, require_backend, tree_mask, verify_greedy
 
 from ..drafters.base import MAX_ROWS, DraftTree
 from ..kv_cache import KVCache
@@ -180,12 +180,12 @@ class TransformersTarget:
         ties = row_flags(logits)
         if logits.shape[0] == 1:
             # All the host needs comes in one copy, here and below: one wait a round.
-            token, flag = torch.stack((best[0, 0], ties[0])).tolist()
+            token, flag = _read(torch.stack((best[0, 0], ties[0])))
             return Verdict([token], 0, _count([flag]))
         tokens, parents, bits = self._tree
         result = verify_greedy(tokens, parents, best, bits, backend=self.backend)
         rows = [result.accept_len, result.accept_path[0], result.output_ids[0], ties]
-        accepted, *rest = torch.cat(rows).tolist()
+        accepted, *rest = _read(torch.cat(rows))
         rows = logits.shape[0]
         path, emitted, flags = rest[:rows], rest[rows : 2 * rows], rest[2 * rows :]
         count = _count([flags[node] for node in (0, *path[:accepted])])
@@ -208,7 +208,7 @@ class TransformersTarget:
         path, emitted, flags = [0], [], []
         while True:
             scores = self._processor(prefix, logits[path[-1]][None].to(torch.float32, copy=True))
-            token, flag = torch.stack((scores.argmax(), row_flags(scores)[0])).tolist()
+            token, flag = _read(torch.stack((scores.argmax(), row_flags(scores)[0])))
             emitted.append(token)
             flags.append(flag)
             child = tree.child(path[-1], token)
@@ -234,6 +234,12 @@ def row_flags(logits: torch.Tensor) -> torch.Tensor:
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     ulp = torch.finfo(logits.dtype).eps * torch.exp2(best.abs().clamp_min(1e-30).log2().floor())
     return torch.where(best.isnan(), 2, (best - second < 2 * ulp).long())
+
+
+def _read(values: torch.Tensor) -> list[int]:
+    """One copy to the host, which waits for the device."""
+    with ranges.range_("readback", values.numel()):
+        return values.tolist()
 
 
 def _count(flags: Sequence[int]) -> int:

@@ -1,0 +1,42 @@
+"""README tables come from committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def publish():
+    spec = importlib.util.spec_from_file_location("publish", ROOT / "bench" / "publish.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.publish
+
+
+def test_readme_is_what_publish_writes(publish) -> None:
+    publish(ROOT / "README.md", check=True)
+
+
+def test_an_edited_figure_is_noticed_and_mended(publish, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    text = readme.read_text()
+    readme.write_text(text.replace("| memory tree |", "| memory bush |", 1))
+    assert readme.read_text() != text
+    with pytest.raises(ValueError, match="is not what"):
+        publish(readme, check=True)
+    publish(readme, check=False)
+    assert readme.read_text() == text
+
+
+def test_markers_must_be_there(publish, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="must hold the markers"):
+        publish(readme, check=False)
