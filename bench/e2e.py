@@ -41,6 +41,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Selects the test scenes.")] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; 0: one for the pair, torch's choice otherwise.")
+    ] = 0,
     output_dir: Annotated[Path, typer.Option(help="Folder for results and plots.")] = Path(
         "results/e2e"
     ),

@@ -25,7 +25,7 @@ from xspec_runtime.workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ["target", "hf_generate", "hf_prompt_lookup", "hf_assisted"]
-ARMS += ["draft", "ngram", "ngram_cold", "tree"]
+ARMS += ["draft", "ngram", "ngram_tree", "ngram_cold", "tree"]
 
 
 @pytest.fixture(scope="module")

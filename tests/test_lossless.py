@@ -6,7 +6,7 @@ import pytest
 
 from xspec_runtime.arms import HfArm
 from xspec_runtime.models import mini
-from xspec_runtime.workloads import MiniPair, Settings
+from xspec_runtime.workloads import OURS, PLAIN, MiniPair, Settings
 
 SCENES = 200
 
@@ -29,7 +29,7 @@ def truth(pair: MiniPair) -> list[tuple]:
     return [(task, arm.run(task).tokens) for task in pair.scene_tasks(SCENES)]
 
 
-@pytest.mark.parametrize("arm", ["target", "draft", "ngram", "ngram_cold", "tree"])
+@pytest.mark.parametrize("arm", [PLAIN, *OURS])
 def test_two_hundred_scenes_identical_to_generate(pair: MiniPair, truth, arm: str) -> None:
     decoder = pair.decoder(arm)
     different, ties, steps = [], 0, 0

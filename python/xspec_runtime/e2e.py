@@ -40,6 +40,7 @@ class Options:
     dtype: str = "float32"
     backend: str = "auto"
     seed: int = 0
+    threads: int = 0
     output_dir: Path = Path("results/e2e")
     json_file: Path | None = None
     trace: Path | None = None
@@ -56,6 +57,7 @@ class Options:
             ("--samples", self.samples, 1, 100_000),
             ("--warmup", self.warmup, 0, 1000),
             ("--max-new-tokens", self.max_new_tokens, 1, 512),
+            ("--threads", self.threads, 0, 1024),
         )
         for name, value, low, high in limits:
             if not low <= value <= high:
@@ -83,6 +85,9 @@ def run_e2e(options: Options) -> dict:
     check_output_dir(options.output_dir)
     for file in filter(None, (options.json_file, options.trace)):
         check_output_dir(file.parent)
+    if options.threads or options.target == "mini":
+        # The pair's matrices are too small to share: two threads slow every arm down.
+        torch.set_num_threads(options.threads or 1)
     workload = build_workload(options, settings)
     names = [n.strip() for n in options.arms.split(",") if n.strip()] or list(workload.arms)
     steps = len(names) * (len(workload.tasks) + min(options.warmup, len(workload.tasks)))

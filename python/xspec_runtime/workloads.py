@@ -26,6 +26,11 @@ from .targets.transformers import TransformersTarget
 PLAIN = "target"
 # Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
 MAX_MATCHING_NGRAM = 3
+OURS = ("draft", "ngram", "ngram_tree", "ngram_cold", "tree")
+# Best of a sweep on training scenes: the draft model is asked where the memory expects fewer accepted
+# tokens than this, and stops where its own path is less likely than that.
+MEMORY_ENOUGH = 2.5
+DRAFT_FLOOR = 0.3
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class MiniPair:
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
-        """A fresh drafter: draft, ngram, ngram_cold, tree; None for plain decoding."""
+        """A fresh drafter: draft, ngram, ngram_tree, ngram_cold, tree; None: plain decoding."""
         gamma = self.settings.gamma
         if name == PLAIN:
             return None
@@ -116,15 +121,16 @@ class MiniPair:
             return ModelDrafter(self.draft_model, gamma)
         if name == "ngram_cold":
             return NgramDrafter(unrelated_memory(), online=True, name=name)
-        if name == "ngram":
+        if name in ("ngram", "ngram_tree"):
             return NgramDrafter(self.memory(), online=True, name=name)
         memory = NgramDrafter(self.memory(), online=True)
-        return MergedDrafter([memory, ModelDrafter(self.draft_model, gamma, siblings=2)])
+        draft = ModelDrafter(self.draft_model, gamma, siblings=2, floor=DRAFT_FLOOR)
+        return MergedDrafter([memory, draft], enough=MEMORY_ENOUGH)
 
     def decoder(self, name: str) -> SpeculativeDecoder:
         """A decoder with the named drafter on the shared target."""
         s = self.settings
-        rows = {PLAIN: 1, "tree": s.rows}.get(name, s.gamma + 1)
+        rows = {PLAIN: 1, "tree": s.rows, "ngram_tree": s.rows}.get(name, s.gamma + 1)
         config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,))
         return SpeculativeDecoder(self.target, self.drafter(name), config)
 
@@ -137,7 +143,7 @@ class MiniPair:
             "pad_token_id": mini.PAD,
         }
 
-        # Prompt lookup copies from the prompt, and a copied placeholder makes the first verify fail,
+        # Prompt lookup copies from the prompt; with a copied placeholder the first verify fails,
         # as transformers takes it for a video token. The target never says one.
         spoken = {"suppress_tokens": [mini.IMAGE, mini.VIDEO, mini.EVENT], **common}
 
@@ -168,7 +174,7 @@ class MiniPair:
                 **spoken,
             ),
             "hf_assisted": assisted,
-            **{name: ours(name) for name in ("draft", "ngram", "ngram_cold", "tree")},
+            **{name: ours(name) for name in OURS},
         }
         seen = {tuple(a) for a in self.answers}
         record = {"pair": "embedded", "training_scenes_in_memory": len(self.answers)}
