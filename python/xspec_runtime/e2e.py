@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -81,6 +82,7 @@ class Options:
 def run_e2e(options: Options) -> dict:
     """Run, print and write; returns the results dictionary."""
     console = Console()
+    transformers.logging.set_verbosity_error()
     settings = options.settings()
     check_output_dir(options.output_dir)
     for file in filter(None, (options.json_file, options.trace)):
