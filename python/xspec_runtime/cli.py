@@ -54,11 +54,12 @@ def ask(
 def _ask(
     question: str, events: Path, video: Path | None, rows: int, gamma: int, max_new_tokens: int
 ) -> None:
-    from .e2e import Options, read_recording
+    from .e2e import Options, read_recording, set_threads
     from .workloads import MiniPair
 
     options = Options("xspec ask", gamma, rows, max_new_tokens=max_new_tokens)
     settings = options.settings()
+    set_threads(options)
     frames, image = read_recording(events, video)
     pair = MiniPair(settings)
     task = pair.task("ask", question, frames, image)

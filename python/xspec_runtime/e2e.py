@@ -87,9 +87,7 @@ def run_e2e(options: Options) -> dict:
     check_output_dir(options.output_dir)
     for file in filter(None, (options.json_file, options.trace)):
         check_output_dir(file.parent)
-    if options.threads or options.target == "mini":
-        # The pair's matrices are too small to share: two threads slow every arm down.
-        torch.set_num_threads(options.threads or 1)
+    set_threads(options)
     workload = build_workload(options, settings)
     names = [n.strip() for n in options.arms.split(",") if n.strip()] or list(workload.arms)
     steps = len(names) * (len(workload.tasks) + min(options.warmup, len(workload.tasks)))
@@ -117,6 +115,12 @@ def run_e2e(options: Options) -> dict:
     _print_notes(console, results, workload)
     console.print("written:", ", ".join(str(p) for p in paths), highlight=False, soft_wrap=True)
     return results
+
+
+def set_threads(options: Options) -> None:
+    """CPU threads as asked; the pair's matrices are too small to share, more than one slow it."""
+    if options.threads or options.target == "mini":
+        torch.set_num_threads(options.threads or 1)
 
 
 def build_workload(options: Options, settings: Settings) -> Workload:
