@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +211,5 @@ def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tup
 
 
 def _save(figure: Figure, path: Path) -> bool:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     return True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..files import replace_file
 from .trie import OFFSET_MASK
 
 FORMAT, VERSION = "xspec.ngram_memory", "1"
@@ -68,18 +68,12 @@ def write_memory(path: Path, settings: MemorySettings, answers: Collection[list[
     """Write a safetensors file in one step: int64 `tokens` and `lengths`, settings as metadata."""
     from safetensors.numpy import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         "tokens": np.array([token for answer in answers for token in answer], np.int64),
         "lengths": np.array([len(answer) for answer in answers], np.int64),
     }
     header = {"format": FORMAT, "version": VERSION, "settings": json.dumps(asdict(settings))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def read_memory(path: Path) -> tuple[MemorySettings, list[list[int]]]:
