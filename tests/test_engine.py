@@ -212,7 +212,7 @@ def test_full_cache_is_one_clear_error() -> None:
         decoder.generate({"input_ids": ids})
 
 
-def test_sliding_windows_are_refused() -> None:
+def tiny_mistral(sliding_window: int | None) -> MistralForCausalLM:
     config = MistralConfig(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -220,10 +220,14 @@ def test_sliding_windows_are_refused() -> None:
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=8,
+        sliding_window=sliding_window,
     )
+    return MistralForCausalLM(config)
+
+
+def test_sliding_windows_are_refused() -> None:
     with pytest.raises(ValueError, match="sliding"):
-        TransformersTarget(MistralForCausalLM(config))
+        TransformersTarget(tiny_mistral(sliding_window=8))
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -262,13 +266,4 @@ def test_fast_steps_equal_the_model() -> None:
 
 
 def test_fast_steps_leave_other_models_alone() -> None:
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=None,
-    )
-    assert not LlamaSteps.fits(MistralForCausalLM(config))
+    assert not LlamaSteps.fits(tiny_mistral(sliding_window=None))
