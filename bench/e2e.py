@@ -9,13 +9,21 @@ from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import run_cli
+from xspec_runtime.cli import Command, run_cli
 from xspec_runtime.e2e import Options, run_e2e
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+LESS_MEMORY = "lower --rows, --gamma or --max-new-tokens, or take --dtype bfloat16"
 
 
-@app.command()
+def run(options: Options) -> None:
+    """Run; an interrupted run has written the samples it finished."""
+    results = run_e2e(options)
+    if not results["complete"]:
+        raise KeyboardInterrupt(f"{results['config']['interrupted']}, which are written")
+
+
+@app.command(cls=Command)
 def main(
     gamma: Annotated[int, typer.Option(help="Draft tokens of a chain.")] = 5,
     rows: Annotated[int, typer.Option(help="Rows of the merged tree, root included.")] = 16,
@@ -37,6 +45,9 @@ def main(
         Path | None, typer.Option(help="Event stream (.npy) instead of scenes.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Video that goes with --events.")] = None,
+    prefill_fused: Annotated[
+        str, typer.Option(help="Drafts in the target's prefill: off, exact or fast.")
+    ] = "exact",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
@@ -54,7 +65,7 @@ def main(
     """Compare lossless decoding arms; writes results.json, RESULTS.md and plots."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     values = {k: v for k, v in locals().items() if k not in ("debug", "json_file", "json")}
-    run_cli(lambda: run_e2e(Options(json_file=json_file, **values)), debug)
+    run_cli(lambda: run(Options(json_file=json_file, **values)), debug, LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def options(phases: str) -> argparse.Namespace:
     add("--budget", type=float, default=520.0, help="seconds (default: %(default)s)")
     add("--seed", type=int, default=0, help="of cases and weights (default: %(default)s)")
     add("--commit", help="for the result file, where the tree has no .git")
+    add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
 
 
@@ -45,21 +46,26 @@ def main() -> int:
     # An installed package comes first: it has the native module, which the bare tree lacks.
     if importlib.util.find_spec("xspec_runtime") is None:
         sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+    from xspec_runtime.errors import explain
     from xspec_runtime.gpu import PHASES
-    from xspec_runtime.gpu.parts import Options
-    from xspec_runtime.gpu.suite import run_suite
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = vars(options(",".join(PHASES)))
     given["phases"] = tuple(name.strip() for name in given["phases"].split(",") if name.strip())
+    debug = given.pop("debug")
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     try:
+        from xspec_runtime.gpu.parts import Options
+        from xspec_runtime.gpu.suite import run_suite
+
         return run_suite(Options(**given), command, lambda line: print(line, flush=True))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; results.json holds what was done", file=sys.stderr)
+        print(f"stopped; {given['out']}/results.json holds what was done", file=sys.stderr)
         return 130
 
 

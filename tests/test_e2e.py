@@ -25,7 +25,8 @@ from xspec_runtime.workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ["target", "hf_generate", "hf_prompt_lookup", "hf_assisted"]
-ARMS += ["draft", "ngram", "ngram_tree", "ngram_cold", "tree"]
+ARMS += ["draft", "adapter", "adapter_hidden", "adapter_prefix", "adapter_prefix_hidden"]
+ARMS += ["ngram", "ngram_tree", "ngram_cold", "tree"]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_interrupt_keeps_finished_samples() -> None:
         ({"prompts": Path("p.txt")}, "--prompts goes with --target"),
         ({"target": "/nowhere"}, "needs --prompts"),
         ({"video": Path("v.mp4")}, "--video goes with --events"),
-        ({"questions": Path("/nowhere/q.txt")}, "does not exist"),
+        ({"questions": Path("/nowhere/q.txt")}, "file not found"),
         ({"events": Path("/nowhere/e.npy")}, "e.npy"),
     ],
 )

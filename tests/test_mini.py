@@ -98,6 +98,7 @@ def test_captions_of_unseen_scenes() -> None:
         answer = out[0, inputs["input_ids"].shape[1] :].tolist()
         right += mini.decode_answer(answer, tokenizer) == target_caption(sample.scene)
     recorded = mini.training_record()["stages"]["target_lm"]["held_out_exact_captions"]
+    assert recorded >= 0.9
     # Three standard deviations of 30 draws below what training recorded.
     low = 30 * recorded - 3 * (30 * recorded * (1 - recorded)) ** 0.5
     assert right >= max(low, 1), f"{right} of 30 captions exact, the record says {recorded:.0%}"
@@ -144,6 +145,37 @@ def test_missing_and_truncated_checkpoints(tmp_path: Path) -> None:
     shutil.copytree(mini.CHECKPOINTS / "assistant", tmp_path / "draft_raw")
     with pytest.raises(RuntimeError, match="does not fit draft_raw"):
         mini.load("draft_raw", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "half"], "--part must be all, target or draft, got 'half'"),
+        (["--threads", "0"], "--threads must be in 1..1024, got 0"),
+        (["--smoke-steps", "-5"], "--smoke-steps must be in 0..10000, got -5"),
+        (["--seed", "-1"], "--seed must be in"),
+        (["--out", "FILE"], "Not a directory"),
+        (["--to", "FILE"], "Not a directory"),
+        (["--speed", "1"], "No such option"),
+    ],
+)
+def test_bad_options_of_training(options: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = [o.replace("FILE", str(tmp_path / "file")) for o in options]
+    arguments = ["train", "--out", str(tmp_path / "run"), "--to", str(tmp_path / "to"), *options]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["scenes.npz", "target_tower.pt"])
+def test_damaged_stage_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"half")
+    arguments = ["train", "--out", str(tmp_path), "--smoke-steps", "1", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "to")])
+    assert result.exit_code == 2 and not (tmp_path / "to").exists()
+    assert f"{tmp_path / name} is damaged" in result.stderr and "remove it" in result.stderr
 
 
 def test_smoke_training_resumes(tmp_path: Path) -> None:

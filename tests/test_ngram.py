@@ -99,11 +99,16 @@ def test_only_an_online_drafter_learns_and_only_at_the_end():
 def test_prompt_and_own_answer_are_copied_and_then_forgotten():
     drafter = NgramDrafter(NgramMemory(), online=False)
     drafter.begin(Request(prompt_ids=[5, 6, 7, 8, 9]))
-    assert drafter.propose([5, 6, 7], 8).tokens == [7, 8, 9, 5, 6, 7]
+    assert drafter.propose([5, 6, 7], 8).tokens == [7, 8, 9, 5, 6, 7, 8, 9]
     drafter.begin(Request())
     assert drafter.propose([5, 6, 7], 8).tokens == [7]
     drafter.begin(Request())
     assert drafter.propose([5, 6, 7, 8, 5, 6, 7], 3).tokens == [7, 8, 5]
+    # Two places: the one with the longer agreement comes first, the other beside it.
+    drafter.begin(Request(prompt_ids=[1, 2, 3, 4, 9, 2, 3, 6]))
+    tree = drafter.propose([1, 2, 3], 16)
+    assert (tree.tokens[1], tree.parent_idx[1]) == (4, 0)
+    assert tree.scores[tree.child(0, 6)] < tree.scores[1]
     plain = NgramDrafter(NgramMemory(), online=False, copy=False)
     plain.begin(Request(prompt_ids=[5, 6, 7, 8, 9]))
     assert plain.propose([5, 6, 7], 8).tokens == [7]

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .batch import BatchDecoder, BatchPrompt
     from .config import SpecConfig
     from .drafters.base import Drafter, DraftTree, Request
     from .drafters.draft_model import ModelDrafter
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .targets.transformers import TransformersTarget
 
 _HOME = {
+    "BatchDecoder": "batch",
+    "BatchPrompt": "batch",
     "SpecConfig": "config",
     "Drafter": "drafters.base",
     "DraftTree": "drafters.base",
@@ -32,6 +35,8 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchDecoder",
+    "BatchPrompt",
     "DraftTree",
     "Drafter",
     "Generation",

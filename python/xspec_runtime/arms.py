@@ -39,6 +39,8 @@ class Outcome:
     near_ties: int = 0
     forwards: int = 0
     rounds: list[Round] = field(default_factory=list)
+    prefill_drafted: int = 0
+    prefill_accepted: int = 0
 
 
 class Arm(Protocol):
@@ -67,6 +69,8 @@ class DecoderArm:
             out.near_ties,
             1 + len(out.rounds),
             out.rounds,
+            out.prefill_drafted,
+            out.prefill_accepted,
         )
 
 

@@ -1,31 +1,82 @@
-"""The `xspec` command."""
+"""The `xspec` command, and what every command line here does with an error."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+from .errors import explain
+
+# Ancestor of what typer raises about arguments; it has no public name in every version.
+_UsageError = typer.BadParameter.__base__
 
 
-def run_cli(work: Callable[[], object], debug: bool = False) -> None:
-    """Run `work`; a foreseen error becomes one line and exit status 2, Ctrl-C exit status 130."""
+class _OneLine:
+    """A command that says in one line what is wrong with its arguments."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run; exits with status 2 for wrong arguments."""
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            message = error.format_message()
+            if not standalone_mode:
+                raise
+            # Without arguments the help page is the message, or has been shown already.
+            if message and "\n" not in message:
+                _fail(f"{message.rstrip('.')} (--help lists the options)")
+            if message:
+                error.show()
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(status if isinstance(status, int) else 0)
+        return status
+
+
+class Command(_OneLine, TyperCommand):
+    """For `app.command(cls=Command)`."""
+
+
+class Group(_OneLine, TyperGroup):
+    """For `Typer(cls=Group)`."""
+
+
+app = typer.Typer(
+    cls=Group, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+
+def run_cli(work: Callable[[], object], debug: bool = False, less_memory: str = "") -> None:
+    """Run `work`; an error becomes one line and exit status 2, Ctrl-C exit status 130.
+
+    Args:
+        debug: let errors through, with their tracebacks.
+        less_memory: which options to change where memory runs out, as an order.
+    """
     try:
         work()
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted{f': {stop}' if str(stop) else ''}")
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(explain(error, less_memory))
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str) -> NoReturn:
+    _say(f"error: {message}")
+    sys.exit(2)
 
 
 @app.callback()
@@ -33,7 +84,7 @@ def _group() -> None:
     """Lossless speculative decoding for vision-language models."""
 
 
-@app.command()
+@app.command(cls=Command)
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the recording.")],
     events: Annotated[Path, typer.Option(help="Event stream (.npy, .npz).")],
@@ -48,21 +99,28 @@ def ask(
     """Answer a question about an event recording and its video with the embedded pair, as it
     decodes.
     """
-    run_cli(lambda: _ask(question, events, video, rows, gamma, max_new_tokens), debug)
+    run_cli(
+        lambda: _ask(question, events, video, rows, gamma, max_new_tokens),
+        debug,
+        "lower --rows, --gamma or --max-new-tokens",
+    )
 
 
 def _ask(
     question: str, events: Path, video: Path | None, rows: int, gamma: int, max_new_tokens: int
 ) -> None:
-    from .e2e import Options, read_recording, set_threads
+    from .e2e import Options, set_threads
+    from .inputs import check_lengths, check_questions, read_recording
     from .workloads import MiniPair
 
     options = Options("xspec ask", gamma, rows, max_new_tokens=max_new_tokens)
     settings = options.settings()
+    check_questions([question])
     set_threads(options)
     frames, image = read_recording(events, video)
     pair = MiniPair(settings)
     task = pair.task("ask", question, frames, image)
+    check_lengths(pair, [task])
     decoder = pair.decoder("tree")
     shown: list[int] = []
 
@@ -84,9 +142,15 @@ def _ask(
     )
 
 
-@app.command()
-def doctor() -> None:
+@app.command(cls=Command)
+def doctor(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
     """Say what is installed, which backend `auto` picks and why, and where caches are."""
+    run_cli(_doctor, debug)
+
+
+def _doctor() -> None:
     from .doctor import doctor as examine
 
     if not examine(Console()):

@@ -31,7 +31,7 @@ OPTIONAL = {"nvtx", "av", "matplotlib", "bitsandbytes", "flash-attn"}
 def doctor(console: Console) -> bool:
     """Print the report; True if everything needed is there in a supported version."""
     healthy = _packages(console)
-    _backends(console)
+    healthy &= _backends(console)
     _caches(console)
     return healthy
 
@@ -57,7 +57,7 @@ def _packages(console: Console) -> bool:
     return healthy
 
 
-def _backends(console: Console) -> None:
+def _backends(console: Console) -> bool:
     import torch
 
     import xspec_kernels
@@ -76,6 +76,10 @@ def _backends(console: Console) -> None:
         "installed, else torch; no CUDA C++ kernel until its check on a GPU is recorded. "
         f"XSPEC_BACKEND is {os.environ.get('XSPEC_BACKEND') or 'not set'}."
     )
+    known = info["backend"] in xspec_kernels.BACKENDS
+    if not known:
+        console.print(f"XSPEC_BACKEND must be one of {', '.join(xspec_kernels.BACKENDS)}")
+    return known
 
 
 def _caches(console: Console) -> None:

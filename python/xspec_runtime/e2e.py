@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from xspec_kernels import require_backend
+
+from .config import PREFILL_FUSED
 from .data.captions import QUESTIONS
-from .files import JsonLines, read_lines, write_json
-from .measure import run_interleaved, summarize
-from .report import check_output_dir, print_table, write_results
+from .errors import out_of_memory
+from .files import JsonLines, check_output, read_lines, write_json
+from .inputs import check_device, check_lengths, check_questions, read_recording
+from .measure import check_arms, run_interleaved, summarize
+from .report import print_table, write_results
 from .workloads import MiniPair, Settings, Workload, text_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +41,7 @@ class Options:
     questions: Path | None = None
     events: Path | None = None
     video: Path | None = None
+    prefill_fused: str = "exact"
     device: str = "cpu"
     dtype: str = "float32"
     backend: str = "auto"
@@ -51,6 +56,7 @@ class Options:
 
         Raises:
             ValueError: an option is out of range; the message names it.
+            RuntimeError: the backend cannot run on the device.
         """
         limits = (
             ("--gamma", self.gamma, 1, 63),
@@ -59,37 +65,62 @@ class Options:
             ("--warmup", self.warmup, 0, 1000),
             ("--max-new-tokens", self.max_new_tokens, 1, 512),
             ("--threads", self.threads, 0, 1024),
+            # Scenes before those of seed 0 are for training.
+            ("--seed", self.seed, 0, 1_000_000),
         )
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {self.device}: there is no CUDA device; use --device cpu")
+        if self.prefill_fused not in PREFILL_FUSED:
+            raise ValueError(
+                f"--prefill-fused must be one of {', '.join(PREFILL_FUSED)}, "
+                f"got {self.prefill_fused!r}"
+            )
+        check_device(self.device)
+        try:
+            require_backend(self.backend, torch.device(self.device).type)
+        except (ValueError, RuntimeError) as error:
+            named = "XSPEC_BACKEND" if self.backend == "auto" else "--backend"
+            raise type(error)(f"{named}: {error}") from None
+        names = self.arm_names()
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"--arms names {twice[0]} more than once")
         if self.video and not self.events:
             raise ValueError("--video goes with --events: the draft needs an event stream")
         return Settings(
             self.gamma,
             self.rows,
             self.max_new_tokens,
+            self.prefill_fused,
             self.device,
             DTYPES[self.dtype],
             self.backend,
         )
+
+    def arm_names(self) -> list[str]:
+        """The arms asked for; none stands for all."""
+        return [name.strip() for name in self.arms.split(",") if name.strip()]
+
+    def check_outputs(self) -> None:
+        """Raise `OSError` unless everything can be written; creates nothing."""
+        own = (self.output_dir / name for name in ("results.json", "RESULTS.md"))
+        for file in filter(None, (*own, self.json_file, self.trace)):
+            check_output(file)
 
 
 def run_e2e(options: Options) -> dict:
     """Run, print and write; returns the results dictionary."""
     console = Console()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     settings = options.settings()
-    check_output_dir(options.output_dir)
-    for file in filter(None, (options.json_file, options.trace)):
-        check_output_dir(file.parent)
+    options.check_outputs()
     set_threads(options)
     workload = build_workload(options, settings)
-    names = [n.strip() for n in options.arms.split(",") if n.strip()] or list(workload.arms)
+    names = options.arm_names() or list(workload.arms)
+    check_arms(workload, names)
     steps = len(names) * (len(workload.tasks) + min(options.warmup, len(workload.tasks)))
     columns = (
         "[progress.description]{task.description}",
@@ -126,16 +157,22 @@ def set_threads(options: Options) -> None:
 def build_workload(options: Options, settings: Settings) -> Workload:
     """Tasks and arms the options ask for."""
     if options.target != "mini":
+        if options.questions or options.events:
+            raise ValueError("--questions and --events go with the embedded pair, not --target DIR")
         if options.prompts is None:
             raise ValueError("--target DIR is a text model and needs --prompts FILE")
         prompts = read_lines(options.prompts)
         draft = Path(options.draft) if options.draft else None
-        return text_workload(settings, Path(options.target), prompts[: options.samples], draft)
+        try:
+            return text_workload(settings, Path(options.target), prompts[: options.samples], draft)
+        except Exception as error:
+            raise _loading_error(options, error) from error
     if options.prompts is not None:
         raise ValueError("--prompts goes with --target DIR; the pair takes --questions FILE")
     if options.draft not in ("", "draft", "draft_raw"):
         raise ValueError(f"--draft of the pair is draft or draft_raw, got {options.draft!r}")
     questions = read_lines(options.questions) if options.questions else list(QUESTIONS)
+    check_questions(questions)
     if options.events:
         frames, image = read_recording(options.events, options.video)
     pair = MiniPair(settings, options.draft or "draft")
@@ -144,27 +181,19 @@ def build_workload(options: Options, settings: Settings) -> Workload:
         tasks = [pair.task(f"question {i}", q, frames, image) for i, q in enumerate(asked)]
     else:
         tasks = pair.scene_tasks(options.samples, options.seed, questions)
+    check_lengths(pair, tasks)
     return pair.workload(tasks)
 
 
-def read_recording(events: Path, video: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """A recorded event stream, and its video or, without one, the stream itself cut into 8 slices.
-
-    Returns:
-        frames uint8 ``[8, 64, 64, 3]`` and the event image uint8 ``[64, 64, 3]``.
-    """
-    from .data.events import load_events, rasterize, split_by_count
-    from .data.images import resize
-    from .data.video import load_video
-    from .models.mini import FRAMES, IMAGE_SIZE
-
-    stream = load_events(events)
-    image = rasterize(stream)
-    if video is not None:
-        frames = load_video(video, FRAMES)
-    else:
-        frames = np.stack([rasterize(part) for part in split_by_count(stream, FRAMES)])
-    return resize(frames, IMAGE_SIZE, "squash"), resize(image[None], IMAGE_SIZE, "squash")[0]
+def _loading_error(options: Options, error: Exception) -> Exception:
+    """`error`, which names the models where it does not name them itself."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, (ValueError, RuntimeError, OSError))
+    if out_of_memory(error) or (known and options.target in text):
+        return error
+    folders = f"{options.target} and {options.draft}" if options.draft else options.target
+    what = text if known else f"{type(error).__name__}: {text}"
+    return ValueError(f"the models in {folders} cannot be used: {what[:300]}")
 
 
 def _print_notes(console: Console, results: dict, workload: Workload) -> None:
@@ -177,6 +206,13 @@ def _print_notes(console: Console, results: dict, workload: Workload) -> None:
         console.print(
             f"verbatim in the memory's training answers: {seen['captions']} of "
             f"{results['config']['samples']} ({seen['share']:.0%})"
+        )
+    fused = results["prefill_fused"]
+    if fused["drafted"]:
+        console.print(
+            f"drafts in the prefill: {fused['accepted']} of {fused['drafted']} accepted; "
+            f"{fused['different_answers']} of {fused['answers']} answers and "
+            f"{fused['different_tokens']} of {fused['tokens']} tokens differ from plain decoding"
         )
     different = [
         f"{arm['name']} {arm['samples'] - arm['identical']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -13,7 +13,10 @@ from xspec_kernels import ranges
 
 from .config import SpecConfig
 from .drafters.base import Drafter, DraftTree, Request
-from .targets.transformers import TransformersTarget, Verdict
+from .drafters.merge import merge
+from .prefill import DraftedText, Opening, check_drafted
+from .targets.greedy import Verdict
+from .targets.transformers import TransformersTarget, check_ids
 
 
 @dataclass(slots=True)
@@ -42,9 +45,11 @@ class Generation:
         tokens: emitted ids; the end-of-sequence token is the last one if it was reached.
         rounds: one entry per verify.
         prefill_ms: until the first token (time to first token).
-        begin_ms: the drafter's own preparation, counted in `decode_ms`.
+        begin_ms: the drafter's own preparation, counted in `decode_ms`; in `prefill_ms` where its
+            drafts ride in the prefill.
         decode_ms: from the first token to the last.
         near_ties: steps whose two best logits lay within 2 ulp.
+        prefill_drafted, prefill_accepted: drafts that rode in the prefill, and those it accepted.
     """
 
     tokens: list[int]
@@ -53,6 +58,8 @@ class Generation:
     begin_ms: float = 0.0
     decode_ms: float = 0.0
     near_ties: int = 0
+    prefill_drafted: int = 0
+    prefill_accepted: int = 0
 
     @property
     def total_ms(self) -> float:
@@ -60,8 +67,8 @@ class Generation:
 
     @property
     def tokens_per_verify(self) -> float:
-        """Tokens after the first one per verify; 0 if there was no verify."""
-        return (len(self.tokens) - 1) / len(self.rounds) if self.rounds else 0.0
+        """Tokens emitted after the prefill per verify; 0 if there was no verify."""
+        return sum(r.emitted for r in self.rounds) / len(self.rounds) if self.rounds else 0.0
 
 
 class SpeculativeDecoder:
@@ -87,6 +94,7 @@ class SpeculativeDecoder:
         logits_processor: LogitsProcessorList | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
         on_round: Callable[[DraftTree, Verdict, list[int]], None] | None = None,
+        drafted: Sequence[int] = (),
     ) -> Generation:
         """Answer one prompt.
 
@@ -96,34 +104,42 @@ class SpeculativeDecoder:
             logits_processor: transformers' processors, applied to every row with its own prefix.
             on_tokens: called with the tokens of every round as soon as they are final.
             on_round: called with the tree, the verdict and the answer before the round.
+            drafted: tokens of a draft's own answer that exist by now, from its first on; see
+                `SpecConfig.prefill_fused`. Without them, "fast" asks a drafter that has an
+                `opening`.
+
+        Raises:
+            ValueError: the inputs are malformed, or `drafted` holds an id the target has no
+                embedding for.
+            RuntimeError: the cache is full, or the target's logits are NaN.
         """
         target, drafter, config = self.target, self.drafter, self.config
         start = perf_counter()
-        with ranges.range_("target.prefill", inputs["input_ids"].shape[-1]):
-            verdict = target.prefill(inputs, logits_processor)
-        answer = Generation(self._cut(verdict.tokens, 0), near_ties=verdict.near_ties)
+        ids = check_ids(inputs)
+        check_drafted(drafted, target.vocab_size)
+        if drafter and request is None:
+            request = Request(ids[0].tolist())
+        opening = Opening.of(drafter, request, config, drafted)
+        with ranges.range_("target.prefill", ids.shape[1]):
+            verdict = target.prefill(inputs, logits_processor, opening.riding)
+        answer = first_answer(verdict, opening, config)
         first = perf_counter()
         answer.prefill_ms = 1e3 * (first - start)
         if on_tokens:
             on_tokens(answer.tokens[:])
-        if drafter:
-            drafter.begin(request or Request(inputs["input_ids"][0].tolist()))
-        answer.begin_ms = 1e3 * (perf_counter() - first)
+        if drafter and not opening.begun:
+            drafter.begin(request)
+            answer.begin_ms = 1e3 * (perf_counter() - first)
 
-        while not self._done(answer.tokens):
+        text = opening.text
+        while not config.done(answer.tokens):
             clock = perf_counter()
-            # With one token left, the target's own next token ends the answer.
-            budget = config.max_new_tokens - len(answer.tokens)
-            if drafter and config.rows > 1 and budget > 1:
-                with ranges.range_("draft.propose", config.rows):
-                    tree = drafter.propose(answer.tokens, config.rows)
-            else:
-                tree = DraftTree.root(answer.tokens[-1])
+            tree = propose(drafter, text, config, answer.tokens, target.cache.room)
             proposed = perf_counter()
             rows = len(tree)
             with ranges.range_("verify" if rows > 1 else "target.decode", rows):
                 with ranges.range_("verify.forward", rows):
-                    logits = target.forward(tree)
+                    logits = target.forward(tree, config.height(rows))
                 forwarded = perf_counter()
                 with ranges.range_("verify.accept", rows):
                     verdict = target.accept(tree, logits, answer.tokens)
@@ -133,7 +149,7 @@ class SpeculativeDecoder:
                 committed = perf_counter()
             if on_round:
                 on_round(tree, verdict, answer.tokens)
-            emitted = self._cut(verdict.tokens, len(answer.tokens))
+            emitted = config.cut(verdict.tokens, len(answer.tokens))
             answer.tokens += emitted
             answer.near_ties += verdict.near_ties
             if on_tokens:
@@ -154,13 +170,39 @@ class SpeculativeDecoder:
         answer.decode_ms = 1e3 * (perf_counter() - first)
         return answer
 
-    def _cut(self, tokens: list[int], emitted: int) -> list[int]:
-        """Drop what follows an end-of-sequence token or exceeds the budget."""
-        tokens = tokens[: self.config.max_new_tokens - emitted]
-        for i, token in enumerate(tokens):
-            if token in self.config.eos_token_ids:
-                return tokens[: i + 1]
-        return tokens
 
-    def _done(self, tokens: list[int]) -> bool:
-        return len(tokens) >= self.config.max_new_tokens or tokens[-1] in self.config.eos_token_ids
+def first_answer(verdict: Verdict, opening: Opening, config: SpecConfig) -> Generation:
+    """The answer as the prefill leaves it."""
+    return Generation(
+        config.cut(verdict.tokens, 0),
+        begin_ms=opening.begin_ms,
+        near_ties=verdict.near_ties,
+        prefill_drafted=verdict.drafted,
+        prefill_accepted=verdict.accepted,
+    )
+
+
+def propose(
+    drafter: Drafter | None,
+    text: DraftedText | None,
+    config: SpecConfig,
+    answer: Sequence[int],
+    room: int,
+) -> DraftTree:
+    """The tree of the next round: what the drafter proposes, and what the drafted text goes on
+    with; the root alone where nothing can be gained.
+
+    Args:
+        room: rows that fit the cache; the tree is kept within.
+    """
+    # With one token left, the target's own next token ends the answer.
+    if config.rows < 2 or room < 2 or len(answer) + 1 >= config.max_new_tokens:
+        return DraftTree.root(answer[-1])
+    # Rows that the forward pass has anyway had better hold drafts than be inert.
+    rows = min(config.height(config.rows), room)
+    seed = text.chain(answer, rows) if text else None
+    if drafter is None:
+        return seed or DraftTree.root(answer[-1])
+    with ranges.range_("draft.propose", rows):
+        tree = drafter.propose(answer, rows)
+    return merge([tree, seed], rows) if seed else tree

@@ -5,12 +5,12 @@ path.
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
 from xspec_kernels import kv_commit
 
 
-class _Layer(CacheLayerMixin):
+class KVLayer(CacheLayerMixin):
     """K and V of one layer, ``[B, H_kv, S, D]``; new rows go behind the committed ones."""
 
     is_sliding = False
@@ -51,6 +51,21 @@ class _Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class _StaticView(KVLayer):
+    """One layer in the storage of a `StaticLayer`."""
+
+    def __init__(self, cache: KVCache, static: StaticLayer) -> None:
+        super().__init__(cache)
+        self.static = static
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if not self.static.is_initialized:
+            self.static.lazy_initialization(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = self.static.keys, self.static.values
+        self.is_initialized = True
+
+
 class KVCache(Cache):
     """All layers of one request.
 
@@ -62,18 +77,49 @@ class KVCache(Cache):
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
+        super().__init__(layers=[KVLayer(self) for _ in range(num_layers)])
+
+    @classmethod
+    def over(cls, static: StaticCache) -> KVCache:
+        """A cache in the storage of transformers' own; `publish` tells that one what it holds.
+
+        Raises:
+            ValueError: a layer slides its window, or the storage is for several requests.
+        """
+        layers = static.layers
+        if any(type(layer) is not StaticLayer for layer in layers):
+            kinds = sorted({type(layer).__name__ for layer in layers} - {"StaticLayer"})
+            raise ValueError(f"expected full attention in every layer of the cache, got {kinds}")
+        if any(layer.is_initialized and layer.keys.shape[0] != 1 for layer in layers):
+            raise ValueError(f"expected a cache of batch 1, got {layers[0].keys.shape[0]}")
+        cache = cls(0, layers[0].max_cache_len)
+        cache.layers = [_StaticView(cache, layer) for layer in layers]
+        return cache
+
+    @torch.inference_mode()
+    def publish(self) -> None:
+        """Set the length of the `StaticCache` this one lies `over`, so that transformers goes on
+        from here. An answer's last token is never fed; where the answer was cut, `truncate` first.
+        """
+        for layer in self.layers:
+            layer.static.cumulative_length.fill_(self.length)
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.length = 0
+
+    @property
+    def room(self) -> int:
+        """Rows that still fit."""
+        return self.capacity - self.length
 
     def check_room(self, rows: int) -> None:
         """Raise `RuntimeError` unless `rows` more rows fit."""
         if self.length + rows > self.capacity:
             raise RuntimeError(
                 f"KV cache is full: {self.length} rows committed, {rows} more needed, capacity "
-                f"{self.capacity}; raise it or lower max_new_tokens"
+                f"{self.capacity}; raise the capacity"
+                f"{' or lower max_new_tokens' if self.length else ', the prompt does not fit'}"
             )
 
     def advance(self, rows: int) -> None:

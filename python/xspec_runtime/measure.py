@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean, median
 
 from .arms import Arm, Outcome, Task
 from .environment import environment
 from .metrics import accept_histogram, acceptance_rate, gain, tokens_per_verify
+from .prefill import count_mismatches
 from .workloads import PLAIN, Workload
 
 SCHEMA = "xspec.e2e/1"
@@ -29,6 +30,15 @@ class Sample:
     identical: bool
 
 
+def check_arms(workload: Workload, names: Sequence[str]) -> None:
+    """Raise `ValueError` unless all `names` are arms of the workload, plain decoding among them."""
+    unknown = set(names) - set(workload.arms)
+    if unknown:
+        raise ValueError(f"unknown arms {sorted(unknown)}; there are {', '.join(workload.arms)}")
+    if PLAIN not in names:
+        raise ValueError(f"the arm {PLAIN!r} is what everything is compared with; add it")
+
+
 def run_interleaved(
     workload: Workload,
     names: Sequence[str],
@@ -41,11 +51,7 @@ def run_interleaved(
 
     Ctrl-C ends the run; the tasks that every arm finished are kept.
     """
-    unknown = set(names) - set(workload.arms)
-    if unknown:
-        raise ValueError(f"unknown arms {sorted(unknown)}; there are {', '.join(workload.arms)}")
-    if PLAIN not in names:
-        raise ValueError(f"the arm {PLAIN!r} is what everything is compared with; add it")
+    check_arms(workload, names)
     arms = [workload.arms[name]() for name in names]
     samples: list[Sample] = []
     try:
@@ -88,19 +94,32 @@ def _run(arm: Arm, task: Task, index: int, trace: Callable[[str], None] | None):
 def summarize(
     samples: list[Sample], names: Sequence[str], workload: Workload, config: dict, command: str
 ) -> dict:
-    """The results dictionary of schema `xspec.e2e/1`."""
+    """The results dictionary of schema `xspec.e2e/1`; `complete` is false where samples lack, and
+    the configuration then says how many.
+    """
     by_arm = {name: [s for s in samples if s.arm == name] for name in names}
     plain = [s.outcome for s in by_arm[PLAIN]]
     step_ms = mean(r.propose_ms + r.verify_ms for o in plain for r in o.rounds)
+    truth = {s.task: s.outcome.tokens for s in by_arm[PLAIN]}
+    fused = [s for s in samples if s.outcome.prefill_drafted]
     seen = workload.seen
+    done, planned = len(plain), len(workload.tasks)
+    interrupted = None if done == planned else f"after {done} of {planned} samples"
     return {
         "schema": SCHEMA,
         "environment": environment(),
         "command": command,
-        "config": {**config, **workload.facts, "samples": len(plain)},
+        "complete": done == planned,
+        "config": {**config, **workload.facts, "samples": done, "interrupted": interrupted},
         "near_ties": {
             "steps": sum(len(s.outcome.tokens) for s in samples if s.outcome.rounds),
             "below_2_ulp": sum(s.outcome.near_ties for s in samples),
+        },
+        # Drafts verified inside the prefill, and what that changed in the answers.
+        "prefill_fused": {
+            "drafted": sum(s.outcome.prefill_drafted for s in fused),
+            "accepted": sum(s.outcome.prefill_accepted for s in fused),
+            **asdict(count_mismatches((truth[s.task], s.outcome.tokens) for s in fused)),
         },
         "verbatim_in_training": None
         if seen is None
@@ -119,6 +138,8 @@ def summarize(
                 "tokens": len(s.outcome.tokens),
                 "forwards": s.outcome.forwards,
                 "accepted": sum(r.accepted for r in s.outcome.rounds),
+                "prefill_drafted": s.outcome.prefill_drafted,
+                "prefill_accepted": s.outcome.prefill_accepted,
                 "identical": s.identical,
             }
             for s in samples
@@ -166,10 +187,11 @@ def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float)
 
 
 def _tokens_per_verify(outcomes: list[Outcome]) -> float:
-    """Tokens after the first one per forward pass after the first; assisted generation, whose first
-    pass already verifies, is counted the same way."""
+    """Tokens after those of the first pass per forward pass after it; assisted generation, whose
+    first pass already verifies, is counted as if that pass gave one."""
     later = sum(max(o.forwards - 1, 1) for o in outcomes)
-    return tokens_per_verify(sum(len(o.tokens) - 1 for o in outcomes), later)
+    emitted = sum(len(o.tokens) - 1 - o.prefill_accepted for o in outcomes)
+    return tokens_per_verify(emitted, later)
 
 
 def _histogram(rounds: list) -> dict[str, int]:

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import torch
 
-from xspec_kernels import tree_mask, verify_greedy
+from xspec_kernels import require_backend, tree_mask, verify_greedy
 
 from .data.pairs import Pair, contiguous_folds, read_pairs
 from .drafters.base import MAX_ROWS, Drafter, DraftTree, Request
@@ -65,9 +65,12 @@ class ReplayOptions:
                 self.rows = [int(part) for part in self.rows.split(",")]
             except ValueError:
                 raise ValueError(f"rows must be numbers like 6,16, got {self.rows!r}") from None
-        for name, value in [("gamma + 1", self.gamma + 1), *(("rows", r) for r in self.rows)]:
+        if not 1 <= self.gamma < MAX_ROWS:
+            raise ValueError(f"gamma must be from 1 to {MAX_ROWS - 1}, got {self.gamma}")
+        for value in self.rows:
             if not 2 <= value <= MAX_ROWS:
-                raise ValueError(f"{name} must be from 2 to {MAX_ROWS}, got {value}")
+                raise ValueError(f"rows must be from 2 to {MAX_ROWS}, got {value}")
+        require_backend(self.backend, "cpu", ("tree_mask", "verify_greedy"))
         if not self.rows or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows must be one or more different numbers, got {list(self.rows)}")
 
@@ -161,6 +164,12 @@ class ReplayRun:
                 ([test[i] for i in fold], [*test[: fold.start], *test[fold.stop :]])
                 for fold in contiguous_folds(len(test), o.folds)
             ]
+        for fold, _ in self._folds:
+            if all(len(pair.target) < 2 for pair in fold):
+                raise ValueError(
+                    f"{o.pairs}: no answer from row {fold[0].row} to {fold[-1].row} is longer than "
+                    "the one token that is given"
+                )
         self._arms = replay_arms(o.gamma, o.rows)
         self.steps = len(self._arms) * len(test)
         config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()}

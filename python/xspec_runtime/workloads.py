@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .adapters import mini_pair
 from .arms import Arm, DecoderArm, HfArm, Task
 from .config import SpecConfig
 from .data.captions import QUESTIONS
@@ -21,17 +22,21 @@ from .drafters.merge import MergedDrafter
 from .drafters.ngram import NgramDrafter, NgramMemory
 from .engine import SpeculativeDecoder
 from .models import mini
+from .packing import pack_linears
+from .policy import CONTEXT, PricedDrafter, row_costs
 from .targets.transformers import TransformersTarget
 
 PLAIN = "target"
 # Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
 MAX_MATCHING_NGRAM = 3
-OURS = ("draft", "ngram", "ngram_tree", "ngram_cold", "tree")
+OURS = ("draft", *mini_pair.ARMS, "ngram", "ngram_tree", "ngram_cold", "tree")
 # The draft model is asked where the memory expects fewer accepted tokens than this, and stops where
 # its own path is less likely than that. A compromise: in a sweep on 16 training scenes more asking
 # accepted more tokens and took more time, and the memory alone was the fastest.
 MEMORY_ENOUGH = 2.5
 DRAFT_FLOOR = 0.3
+# Answers to unrelated prompts share phrases, not words: short contexts tell little.
+TEXT_LOW_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Settings:
     Attributes:
         gamma: draft tokens of a chain.
         rows: rows of the merged tree.
+        prefill_fused: of every arm that drafts, see `SpecConfig`.
     """
 
     gamma: int = 5
     rows: int = 16
     max_new_tokens: int = mini.MAX_NEW_TOKENS
+    prefill_fused: str = "exact"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     backend: str = "auto"
@@ -83,6 +90,10 @@ class MiniPair:
         self.target = TransformersTarget(self.target_model, backend=settings.backend)
         self.draft_model = self._load(draft)
 
+    @cached_property
+    def _raw_draft(self):
+        return self._load("draft_raw")
+
     def _load(self, name: str):
         return mini.load(name, device=self.settings.device, dtype=self.settings.dtype)
 
@@ -114,12 +125,15 @@ class MiniPair:
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
-        """A fresh drafter: draft, ngram, ngram_tree, ngram_cold, tree; None: plain decoding."""
+        """A fresh drafter of one of `OURS`; None: plain decoding."""
         gamma = self.settings.gamma
         if name == PLAIN:
             return None
         if name == "draft":
             return ModelDrafter(self.draft_model, gamma)
+        if name in mini_pair.ARMS:
+            hidden = name.endswith(mini_pair.HIDDEN)
+            return mini_pair.adapter_drafter(name, gamma, None if hidden else self._raw_draft)
         if name == "ngram_cold":
             return NgramDrafter(unrelated_memory(), online=True, name=name)
         if name in ("ngram", "ngram_tree"):
@@ -132,7 +146,7 @@ class MiniPair:
         """A decoder with the named drafter on the shared target."""
         s = self.settings
         rows = {PLAIN: 1, "tree": s.rows, "ngram_tree": s.rows}.get(name, s.gamma + 1)
-        config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,))
+        config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,), s.prefill_fused)
         return SpeculativeDecoder(self.target, self.drafter(name), config)
 
     def workload(self, tasks: list[Task]) -> Workload:
@@ -198,14 +212,21 @@ def text_workload(
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: the draft's vocabulary has another size than the target's.
+        ValueError: a checkpoint lacks weights, the draft's vocabulary has another size than the
+            target's, or a prompt is too long for the model.
     """
     for folder in filter(None, (target, draft)):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
 
     def load(folder: Path):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=settings.dtype, output_loading_info=True, trust_remote_code=False
+        )
+        # transformers fills what a checkpoint lacks with random weights.
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise ValueError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them")
         return model.eval().to(settings.device).requires_grad_(False)
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -219,57 +240,91 @@ def text_workload(
         ids = _chat_ids(tokenizer, prompt).to(settings.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         tasks.append(Task(f"prompt {i}", inputs, Request(ids[0].tolist(), inputs)))
-    longest = max(t.inputs["input_ids"].shape[1] for t in tasks)
+    limit = model.config.get_text_config().max_position_embeddings
+    for task in tasks:
+        length = task.inputs["input_ids"].shape[1]
+        if length + settings.max_new_tokens > limit:
+            raise ValueError(
+                f"{task.name} has {length} tokens; with {settings.max_new_tokens} new ones that is "
+                f"more than the model's {limit} positions"
+            )
+    longest = max(CONTEXT, *(t.inputs["input_ids"].shape[1] for t in tasks))
     capacity = longest + settings.max_new_tokens + settings.rows + settings.gamma + 1
+    packed = pack_linears(model)
     runner = TransformersTarget(model, capacity, settings.backend)
-    ends = model.generation_config.eos_token_id
-    ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    costs = row_costs(runner, settings.rows)
+    record = {
+        "pair": str(target),
+        "packed_linears": packed,
+        "row_costs": [round(cost, 3) for cost in costs],
+    }
+    arms = _text_arms(settings, runner, costs, draft_model, _ends(model), capacity)
     common = {
         "max_new_tokens": settings.max_new_tokens,
         "pad_token_id": tokenizer.pad_token_id or 0,
     }
 
-    def ours(name: str, rows: int, make: Callable[[], Drafter | None]) -> Callable[[], Arm]:
-        config = SpecConfig(rows, settings.max_new_tokens, ends)
-        return lambda: DecoderArm(name, SpeculativeDecoder(runner, make(), config))
-
-    def ngram() -> Drafter:
-        return NgramDrafter(unrelated_memory(), online=True, name="ngram_cold")
-
-    def drafted(siblings: int = 0) -> Drafter:
-        return ModelDrafter(draft_model, settings.gamma, siblings, capacity=capacity)
-
-    def tree() -> Drafter:
-        return MergedDrafter([ngram(), drafted(2)]) if draft_model else ngram()
-
     @cache
     def plain() -> PreTrainedModel:
-        # A model of its own: transformers' arms run on transformers' own attention.
+        # A model of its own: transformers' arms run on transformers' own attention and weights.
         return load(target)
+
+    def hf(name: str, on: Callable[[], PreTrainedModel], **options) -> Callable[[], Arm]:
+        return lambda: HfArm(name, on(), not options, **options, **common)
 
     lookup = {
         "prompt_lookup_num_tokens": settings.gamma,
         "max_matching_ngram_size": MAX_MATCHING_NGRAM,
     }
-    arms: dict[str, Callable[[], Arm]] = {
+    arms["hf_generate"] = hf("hf_generate", plain)
+    arms["hf_prompt_lookup"] = hf("hf_prompt_lookup", plain, **lookup)
+    if packed:
+        arms["hf_lookup_packed"] = hf("hf_lookup_packed", lambda: model, **lookup)
+    if draft:
+        arms["hf_assisted"] = lambda: hf("hf_assisted", plain, assistant_model=load(draft))()
+    return Workload(
+        tasks, arms, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), None, record
+    )
+
+
+def _text_arms(
+    settings: Settings,
+    runner: TransformersTarget,
+    costs: Sequence[float],
+    draft_model: PreTrainedModel | None,
+    ends: tuple[int, ...],
+    capacity: int,
+) -> dict[str, Callable[[], Arm]]:
+    """Our arms on a text model; all but plain decoding verify as many rows as pay."""
+
+    def ours(name: str, rows: int, make: Callable[[], Drafter | None]) -> Callable[[], Arm]:
+        config = SpecConfig(rows, settings.max_new_tokens, ends, settings.prefill_fused)
+        return lambda: DecoderArm(name, SpeculativeDecoder(runner, make(), config))
+
+    def priced(name: str, make: Callable[[], Drafter]) -> Callable[[], Arm]:
+        return ours(name, settings.rows, lambda: PricedDrafter(make(), costs))
+
+    def ngram(online: bool) -> Drafter:
+        return NgramDrafter(NgramMemory(recency=0, low_share=TEXT_LOW_SHARE), online)
+
+    def drafted(siblings: int = 0) -> Drafter:
+        return ModelDrafter(draft_model, settings.gamma, siblings, capacity=capacity)
+
+    arms = {
         PLAIN: ours(PLAIN, 1, lambda: None),
-        "hf_generate": lambda: HfArm("hf_generate", plain(), True, **common),
-        "hf_prompt_lookup": lambda: HfArm("hf_prompt_lookup", plain(), False, **lookup, **common),
-        "ngram_cold": ours("ngram_cold", settings.gamma + 1, ngram),
-        "tree": ours("tree", settings.rows, tree),
+        # Without what earlier answers taught: what prompt lookup sees, and no more.
+        "ngram_prompt": priced("ngram_prompt", lambda: ngram(False)),
+        "ngram_tree": priced("ngram_tree", lambda: ngram(True)),
     }
     if draft_model:
-        arms["hf_assisted"] = lambda: HfArm(
-            "hf_assisted", plain(), False, assistant_model=load(draft), **common
-        )
         arms["draft"] = ours("draft", settings.gamma + 1, drafted)
-    return Workload(
-        tasks,
-        arms,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        None,
-        {"pair": str(target)},
-    )
+        arms["tree"] = ours("tree", settings.rows, lambda: MergedDrafter([ngram(True), drafted(2)]))
+    return arms
+
+
+def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+    ends = model.generation_config.eos_token_id
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def _chat_ids(tokenizer, prompt: str) -> torch.Tensor:

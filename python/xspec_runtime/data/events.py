@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import existing_file, read_bytes
 from .images import CLIP_MEAN, CLIP_STD, clip_preprocess
 from .pickled import read_pickled_arrays
 
@@ -127,13 +128,13 @@ def load_events(path: str | Path, height: int = HEIGHT, width: int = WIDTH) -> E
     Raises:
         FileNotFoundError: no such file.
         ValueError: one line saying what is wrong with the content.
+        OSError: it cannot be read; names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"event file not found: {path}")
+    existing_file(path, "event file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: event files above {MAX_BYTES >> 30} GiB are refused")
-    data = path.read_bytes()
+    data = read_bytes(path, "event file")
     try:
         if data.startswith(b"PK\x03\x04"):
             fields = _read_npz(data)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
+from ..files import existing_file
+
 VOCAB_SIZE = 32_000  # LLaMA; both recorded models
 
 
@@ -57,10 +59,12 @@ def iter_pairs(path: str | Path, vocab_size: int = VOCAB_SIZE) -> Iterator[Pair]
         ValueError: names file, line (or result) and what is wrong with it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no recorded pairs at {path}")
-    for row, (where, value) in enumerate(_rows(path)):
-        yield _pair(f"{path}, {where}", row, value, vocab_size)
+    existing_file(path, "recorded pairs")
+    try:
+        for row, (where, value) in enumerate(_rows(path)):
+            yield _pair(f"{path}, {where}", row, value, vocab_size)
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from error
 
 
 def contiguous_folds(count: int, folds: int) -> list[range]:

@@ -1,11 +1,12 @@
 """Procedural driving scenes: the same scene as 8 video frames, as an event image, and as two
 captions.
 
-A scene is a set of facts (`Scene`). The renderer draws 15 sub-frames of 64x64; every second one is
-a video frame, and the log-intensity changes between all of them are the events (threshold 0.18 with
-a reference per pixel, as an event camera does it). Colors, light color and time of day never show
-in the events; with the camera car standing, nothing static does. Both captions are functions of the
-facts: the target's speaks of everything, the draft's only of what moves.
+A scene is a set of facts (`Scene`). The renderer draws 16 sub-frames of 64x64; every two are
+averaged to a video frame, and the log-intensity changes between all of them are the events
+(threshold 0.18 with a reference per pixel, as an event camera does it). Colors, light color and
+time of day never show in the events; with the camera car standing, nothing static does. Both
+captions are functions of the facts: the target's speaks of everything, the draft's only of what
+moves.
 
 Synthetic by construction: good for exercising the machinery, no evidence about recorded driving
 data.
@@ -24,7 +25,7 @@ from .captions import target_caption as target_caption
 
 SIZE = 64
 FRAMES = 8
-SUBFRAMES = 2 * FRAMES - 1
+SUBFRAMES = 2 * FRAMES
 HORIZON = 26
 EVENT_THRESHOLD = 0.18
 EVENT_NOISE = 0.002
@@ -39,8 +40,8 @@ RGB = {
 }
 SKY = {"day": (150, 195, 235), "night": (14, 16, 34), "sunset": (240, 140, 70)}
 LUMINANCE = {"day": 1.0, "night": 0.42, "sunset": 0.8}
-LANE_X = {"left": -0.85, "middle": 0.0, "right": 0.85}
-CURB_X = {"left": -1.2, "right": 1.2}
+LANE_X = {"left": -1.0, "middle": 0.0, "right": 1.0}
+CURB_X = {"left": -1.3, "right": 1.3}
 VEHICLE_SIZE = {"car": (0.34, 0.42), "truck": (0.40, 0.78), "bus": (0.42, 1.05)}
 
 # Sizes of the fact vector's entries, in the order of `facts`.
@@ -91,14 +92,14 @@ def facts(scene: Scene) -> list[int]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draw all sub-frames: float32 ``[15, 64, 64, 3]`` in 0..255; `rng` varies what captions
+    """Draw all sub-frames: float32 ``[16, 64, 64, 3]`` in 0..255; `rng` varies what captions
     ignore.
     """
     jitter = rng.random(32)
     heights = 5 + 4 * rng.random(4)
     lum = LUMINANCE[scene.time]
     base = _backdrop(scene, lum, jitter, rng.integers(0, 7, 16))
-    speed = 0.10 + 0.05 * jitter[3] if scene.driving else 0.0
+    speed = 0.16 + 0.06 * jitter[3] if scene.driving else 0.0
     frames = np.empty((SUBFRAMES, SIZE, SIZE, 3), np.float32)
     still = None
     for t in range(SUBFRAMES):
@@ -150,8 +151,10 @@ def make_sample(seed: int) -> Sample:
     scene = Scene.draw(rng)
     frames = render(scene, rng)
     events = event_image(frames, rng)
+    # Two sub-frames of exposure: what moves is blurred, as in a real camera.
+    exposed = (frames[0::2] + frames[1::2]) / 2
     noise = rng.normal(0, 3, (FRAMES, SIZE, SIZE, 1))
-    video = np.clip(frames[::2] + noise, 0, 255).astype(np.uint8)
+    video = np.clip(exposed + noise, 0, 255).astype(np.uint8)
     return Sample(scene, video, events)
 
 
@@ -200,7 +203,7 @@ def _backdrop(scene: Scene, lum: float, jitter: np.ndarray, peaks: np.ndarray) -
     im[HORIZON:] = np.array(ground) * lum * (0.9 + 0.2 * jitter[2])
     road = np.array((96, 96, 100)) * lum * (0.9 + 0.2 * jitter[1])
     for y in range(HORIZON, SIZE):
-        half = (y + 0.5 - HORIZON) / 34 * 26 * 1.25
+        half = (y + 0.5 - HORIZON) / 34 * 26 * 1.5
         _box(im, 32 - half, y, 32 + half, y + 1, road)
     if scene.background == "mountains":
         for i, peak in enumerate(peaks):
@@ -221,13 +224,13 @@ def _roadside(im, scene: Scene, travelled: float, jitter, heights, lum: float) -
         for side in (-1, 1):
             _roadside_object(im, scene, side, z, i, heights[i], lum)
     if scene.light != "none":
-        _traffic_light(im, scene.light, max(2.1 + 0.5 * jitter[8] - 0.35 * travelled, 0.9))
+        _traffic_light(im, scene.light, max(2.1 + 0.5 * jitter[8] - 0.25 * travelled, 0.9))
 
 
 def _roadside_object(im, scene: Scene, side: int, z: float, i: int, height: float, lum: float):
     q = 26 / z
     if scene.background == "trees":
-        x, y = _project(side * (1.75 + 0.2 * height / 9), z)
+        x, y = _project(side * (1.95 + 0.2 * height / 9), z)
         _box(im, x - 0.06 * q, y - 0.5 * q, x + 0.06 * q, y, np.array((84, 58, 36)) * lum)
         leaves = np.array((34, 104, 40)) * lum * (1 - 0.1 * (i % 2))
         _box(im, x - 0.3 * q, y - 1.2 * q, x + 0.3 * q, y - 0.45 * q, leaves)
@@ -247,7 +250,7 @@ def _roadside_object(im, scene: Scene, side: int, z: float, i: int, height: floa
 
 
 def _traffic_light(im, light: str, z: float) -> None:
-    x, y = _project(1.45, z)
+    x, y = _project(1.75, z)
     q = 26 / z
     _box(im, x - 0.04 * q, y - 1.15 * q, x + 0.04 * q, y, (50, 50, 50))
     _box(im, x - 0.17 * q, y - 1.65 * q, x + 0.17 * q, y - 1.0 * q, (18, 18, 18))
@@ -267,7 +270,7 @@ def _place(vehicle, t: int, travelled: float, jitter):
     """Where the vehicle is at sub-frame t: (lateral meters, depth, vehicle, shade)."""
     shade = 0.9 + 0.15 * jitter[2]
     if vehicle.motion == "parked":
-        z = max(2.0 + 0.4 * jitter[0] - 0.35 * travelled, 1.0)
+        z = max(2.0 + 0.4 * jitter[0] - 0.2 * travelled, 1.1)
         return CURB_X[vehicle.slot], z, vehicle, shade
     x = LANE_X[vehicle.slot]
     if vehicle.motion == "away":
@@ -276,7 +279,7 @@ def _place(vehicle, t: int, travelled: float, jitter):
         z = 2.2 + 0.3 * jitter[0] - (0.065 + 0.02 * jitter[1]) * t
     else:
         z = 1.9 + 0.4 * jitter[0]
-        x = (-1.1 + 0.155 * t) * (1 if jitter[1] < 0.5 else -1)
+        x = (-0.5 + 0.067 * t) * (1 if jitter[1] < 0.5 else -1)
     return x, z, vehicle, shade
 
 
@@ -286,7 +289,7 @@ def _vehicle(im, vehicle, x_meters: float, z: float, shade: float, lum: float) -
     body = np.array(RGB[vehicle.color]) * (lum**0.7) * shade
     glass = np.array((60, 75, 95)) * max(lum, 0.6)
     w, h = VEHICLE_SIZE[vehicle.kind]
-    w *= 1.6 if vehicle.motion == "cross" else 1.0
+    w *= 1.4 if vehicle.motion == "cross" else 1.0
     _box(im, x - w * q, y - h * q, x + w * q, y - 0.08 * q, body)
     if vehicle.kind == "car":
         _box(im, x - 0.62 * w * q, y - (h + 0.2) * q, x + 0.62 * w * q, y - h * q, body)
@@ -306,11 +309,11 @@ def _vehicle(im, vehicle, x_meters: float, z: float, shade: float, lum: float) -
 
 
 def _pedestrian(im, scene: Scene, t: int, travelled: float, jitter, lum: float) -> None:
-    z = max(1.3 + 0.3 * jitter[22] - 0.25 * travelled, 0.8)
+    z = max(1.9 + 0.2 * jitter[22] - 0.1 * travelled, 1.5)
     side = -1 if jitter[23] < 0.5 else 1
     walking = scene.pedestrian == "walking"
-    x, y = _project(side * (1.42 - (0.045 * t if walking else 0.0)), z)
-    q = 26 / z
+    x, y = _project(side * (2.1 - 0.04 * t if walking else 1.8), z)
+    q = 32 / z
     swing = 0.05 * np.sin(t * 1.3) if walking else 0.0
     coat = np.array((190, 80, 150)) * max(lum, 0.6)
     _box(im, x - 0.1 * q, y - 0.62 * q, x + 0.1 * q, y - 0.28 * q, coat)

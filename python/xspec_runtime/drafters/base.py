@@ -108,3 +108,13 @@ class Drafter(Protocol):
 
     def end(self, answer: Sequence[int]) -> None:
         """The request is over; `answer` is everything the target emitted."""
+
+
+@runtime_checkable
+class OpeningDrafter(Protocol):
+    """A drafter that can say how the answer may begin before the target has said anything."""
+
+    def opening(self, rows: int) -> list[int]:
+        """At most `rows` tokens of the answer, from its first on; called between `begin` and the
+        first `propose`.
+        """

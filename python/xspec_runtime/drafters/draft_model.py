@@ -56,9 +56,28 @@ class ModelDrafter:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
         self.cache.reset()
         with ranges.range_("draft.prefill", inputs["input_ids"].shape[-1]):
-            self._forward(**inputs)
+            self._first = self._forward(**inputs)
+        # Any argmax of NaN is a draft like another: rejected, round after round.
+        if self._first.isnan().any():
+            raise RuntimeError("the draft's logits are NaN: its weights or inputs are damaged")
         self._prompt = self.cache.length
         self._fed = []
+
+    @torch.inference_mode()
+    def opening(self, rows: int) -> list[int]:
+        """At most `rows` and `gamma` tokens of the draft's own answer, from its first on; asked
+        before the first `propose`, which keeps the KV rows of those that were right.
+        """
+        logits, tokens, score = self._first, [], 1.0
+        while True:
+            best = logits.softmax(-1).max(-1)
+            tokens.append(int(best.indices))
+            score *= float(best.values)
+            if len(tokens) >= min(rows, self.gamma) or score < self.floor:
+                return tokens
+            self._fed.append(tokens[-1])
+            with ranges.range_("draft.decode", 1):
+                logits = self._steps(tokens[-1:])
 
     @torch.inference_mode()
     def propose(self, context: Sequence[int], rows: int) -> DraftTree:

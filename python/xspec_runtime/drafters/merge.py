@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .base import MAX_ROWS, Drafter, DraftTree, Request
+from .base import MAX_ROWS, Drafter, DraftTree, OpeningDrafter, Request
 
 
 def merge(trees: Sequence[DraftTree], rows: int) -> DraftTree:
@@ -80,6 +80,14 @@ class MergedDrafter:
             if sum(trees[-1].scores[1:]) >= self.enough:
                 break
         return merge(trees, rows)
+
+    def opening(self, rows: int) -> list[int]:
+        """How the answer may begin, from the first drafter that can say."""
+        for drafter in self.drafters:
+            tokens = drafter.opening(rows) if isinstance(drafter, OpeningDrafter) else []
+            if tokens:
+                return tokens
+        return []
 
     def end(self, answer: Sequence[int]) -> None:
         """End the request in every drafter."""

@@ -17,7 +17,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from ..files import replace_file
 
 PEERS = (("bitsandbytes", "0.50.2"), ("bitsandbytes", "0.49.2"))
 LIBRARIES = ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")
@@ -108,7 +111,7 @@ def fill(folder: Path, recordings: Path) -> list[str]:
     made = [have.get(version) or fetch(name, version, folder) for name, version in PEERS]
     for name in RECORDINGS:
         if (recordings / name).is_file():
-            shutil.copyfile(recordings / name, folder / name)
+            replace_file(folder / name, partial(shutil.copyfile, recordings / name))
             made.append(folder / name)
     lines = [f"{path.name:32} {size([path]) / 2**20:6.2f} MiB" for path in made]
     if len(made) == len(PEERS):
@@ -129,7 +132,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         sys.stdout.write("".join(f"{line}\n" for line in fill(given.folder, given.recordings)))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, zipfile.BadZipFile) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import out_of_memory
 from . import PHASES
 
 Event = dict[str, Any]
@@ -162,4 +163,6 @@ def budget_event(part: Part, left: float) -> Event:
 def _message(error: Exception) -> str:
     first = str(error).strip().split("\n\n")[0]
     text = " ".join(first.split())
+    if out_of_memory(error):
+        text += "; end what else is on the card, or leave this phase out of --phases"
     return text if isinstance(error, CheckFailed) else f"{type(error).__name__}: {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -63,8 +64,8 @@ def run_suite(options: Options, command: str, echo: Callable[[str], None]) -> in
 
 def _plan(options: Options) -> tuple[list[Part], dict[str, str]]:
     """Every part in order, and the phases whose module does not load with the reason."""
-    if not options.budget > 0:
-        raise ValueError(f"budget is {options.budget}, expected seconds above 0")
+    if not 0 < options.budget < math.inf:
+        raise ValueError(f"--budget is {options.budget}, expected seconds above 0")
     unknown = [phase for phase in options.phases if phase not in PHASES]
     if unknown or not options.phases:
         name = f"unknown phase {unknown[0]!r}" if unknown else "no phase was named"

@@ -95,7 +95,7 @@ def train_tower(
             brightness = 0.9 + 0.2 * torch.rand(size, 1, 1, 1, 1, generator=generator)
         facts = run.facts[rows]
         return sum(
-            F.cross_entropy(fact, facts[:, i].repeat_interleave(len(fact) // size))
+            F.cross_entropy(fact.float(), facts[:, i].repeat_interleave(len(fact) // size))
             for group in logits(rows, frames, brightness)
             for i, fact in enumerate(group)
         )

@@ -9,86 +9,33 @@ outside near ties (top-2 gap below 2 ulp of the logits), which every result coun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from xspec_kernels import ranges, require_backend, tree_mask, verify_greedy
+from xspec_kernels import require_backend
 
 from ..drafters.base import MAX_ROWS, DraftTree
 from ..kv_cache import KVCache
+from ..prefill import extend_inputs, placeholder_ids, usable
+from .attention import use_tree_attention
+from .greedy import TreeRows, Verdict, decide, decide_steps, lay_out, row_flags, walk
 
-ATTENTION = "xspec_tree"
-
-
-def tree_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    *,
-    xspec_tree: bool = False,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Attention of N tree rows ``[B, H, N, D]`` over KV ``[B, H_kv, S, D]``; anything else goes to
-    SDPA.
-
-    The heads of a KV group are packed into rows, so K and V are read once and never repeated in
-    memory.
-    """
-    if not xspec_tree:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    batch, heads, rows, width = query.shape
-    groups = heads // key.shape[1]
-    if groups > 1:
-        query = query.reshape(batch, key.shape[1], groups * rows, width)
-        attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    out = out.reshape(batch, heads, rows, width)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, tree_attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What one verify decided.
-
-    Attributes:
-        tokens: emitted tokens, accepted ones and then the recovered or bonus token.
-        accepted: accepted draft tokens.
-        near_ties: emitted tokens whose two best logits lay within 2 ulp.
-        path, length: the accepted path and its length on the device; absent for a single row.
-    """
-
-    tokens: list[int]
-    accepted: int
-    near_ties: int
-    path: torch.Tensor | None = None
-    length: torch.Tensor | None = None
+__all__ = ["TransformersTarget", "Verdict", "row_flags"]
 
 
 class TransformersTarget:
     """Batch-1 greedy target over a causal language model or vision-language model of transformers.
 
+    The cache is static: allocated once at `capacity` rows, at addresses that stay. For several
+    requests at once see `targets.batch.BatchTarget`.
+
     Args:
-        model: an evaluation-mode model; its text attention is switched to `ATTENTION` (which hands
-            every pass that is no tree to SDPA).
-        capacity: rows of the KV cache: prompt, answer and one tree.
+        model: an evaluation-mode model; its text attention is switched to
+            `targets.attention.ATTENTION` (which hands every pass that is no tree to SDPA).
+        capacity: rows of the KV cache: prompt and answer, less the answer's last token.
         backend: of the ops, see `xspec_kernels.info`.
+        cache: use this one, for instance `KVCache.over` a `StaticCache`, and its capacity.
 
     Raises:
         ValueError: the model slides its attention window or keeps recurrent state, or the backend
@@ -96,7 +43,13 @@ class TransformersTarget:
         RuntimeError: the backend cannot run on the model's device.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int = 1024, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int = 1024,
+        backend: str = "auto",
+        cache: KVCache | None = None,
+    ) -> None:
         text = model.config.get_text_config()
         unsupported = {t for t in getattr(text, "layer_types", None) or []} - {"full_attention"}
         if unsupported or getattr(text, "sliding_window", None):
@@ -110,58 +63,82 @@ class TransformersTarget:
         self.device = model.device
         self.dtype = model.dtype
         self.vocab_size = text.vocab_size
-        self.cache = KVCache(text.num_hidden_layers, capacity)
+        self.num_layers = text.num_hidden_layers
+        self.cache = cache or KVCache(self.num_layers, capacity)
         self._slots = torch.arange(MAX_ROWS, device=self.device)
-        nested = "text_config" in getattr(model.config, "sub_configs", {})
-        model.set_attn_implementation({"text_config": ATTENTION} if nested else ATTENTION)
+        self._placeholders = placeholder_ids(model.config)
+        use_tree_attention(model)
 
     @torch.inference_mode()
     def prefill(
         self,
         inputs: Mapping[str, torch.Tensor],
         logits_processor: LogitsProcessorList | None = None,
+        drafted: Sequence[int] = (),
+        cache: KVCache | None = None,
     ) -> Verdict:
-        """Run the prompt: the first token.
+        """Run the prompt: the first token, or more where drafts that ride along are accepted.
 
         Args:
             inputs: `input_ids` ``[1, L]`` and whatever the model takes beside it.
             logits_processor: applied to every row with that row's own prefix, prompt included, for
                 the whole request (repetition penalty, no-repeat n-grams, ...).
+            drafted: what the answer may begin with, at most 63 tokens; rows behind the prompt in
+                the same pass. Used as far as the cache has room, and up to the first id that the
+                model would replace by media features.
+            cache: where the prompt goes; by default this target's own.
+
+        Raises:
+            ValueError: `input_ids` is not ``[1, L]``, or an input cannot be extended by `drafted`.
+            RuntimeError: the prompt does not fit the cache, or the logits are NaN.
         """
-        ids = inputs["input_ids"]
-        if ids.dim() != 2 or ids.shape[0] != 1:
-            raise ValueError(f"input_ids must be [1, length], got shape {tuple(ids.shape)}")
-        self.cache.reset()
-        self.cache.check_room(ids.shape[1] + 1)
+        ids = check_ids(inputs)
+        length = ids.shape[1]
+        cache = cache or self.cache
+        cache.reset()
+        cache.check_room(length + 1)
+        drafted = usable(drafted, min(MAX_ROWS - 1, cache.room - length), self._placeholders)
+        tree = DraftTree.chain(-1, drafted)
         logits = self.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            **(extend_inputs(inputs, drafted) if drafted else inputs),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=len(tree),
         ).logits[0]
-        self.cache.advance(ids.shape[1])
         self._prompt, self._processor = ids, logits_processor
-        return self.accept(DraftTree.root(-1), logits, [])
+        self._laid = lay_out([tree], len(tree), self.device, self.backend) if drafted else None
+        verdict = self.accept(tree, logits, [])
+        # A chain lies as it is committed; what was rejected is written over.
+        cache.advance(length + verdict.accepted)
+        verdict.drafted = len(drafted)
+        return verdict
 
     @torch.inference_mode()
-    def forward(self, tree: DraftTree) -> torch.Tensor:
+    def forward(self, tree: DraftTree, height: int = 0) -> torch.Tensor:
         """Logits ``[N, V]`` after every node, in one pass; the rows' K/V lie behind the committed
         ones.
+
+        Where `height` is above the tree's rows and the cache has the room, N is `height` and the
+        rows after the tree's are inert.
         """
         rows = len(tree)
-        self.cache.check_room(rows)
-        tokens = torch.tensor([tree.tokens], device=self.device)
+        cache = self.cache
+        cache.check_room(rows)
         if rows == 1:
-            positions = torch.full_like(tokens, self.cache.length)
+            tokens = torch.tensor([tree.tokens], device=self.device)
+            positions = torch.full_like(tokens, cache.length)
             kwargs = {}
         else:
-            parents = torch.tensor([tree.parent_idx], dtype=torch.int32, device=self.device)
-            mask = tree_mask(parents, max_depth=MAX_ROWS, backend=self.backend)
-            self._tree = (tokens, parents, mask.ancestor_bits)
-            positions = mask.depth + self.cache.length
-            additive = self._additive_mask(mask.ancestor_bits, rows)
+            if rows < height <= cache.room:
+                rows = height
+            self._laid = lay_out([tree], rows, self.device, self.backend)
+            tokens, positions = self._laid.tokens, self._laid.depth + cache.length
+            additive = self._additive_mask(self._laid, rows)
             kwargs = {"attention_mask": additive, "xspec_tree": True}
         return self.model(
             input_ids=tokens,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             **kwargs,
         ).logits[0]
@@ -175,23 +152,11 @@ class TransformersTarget:
             RuntimeError: the target's logits are NaN on the accepted path.
         """
         if self._processor:
-            return self._walk(tree, logits, context)
-        best = logits.argmax(-1)[None]
-        ties = row_flags(logits)
+            answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
+            return walk(tree, logits, torch.cat([self._prompt, answer], 1), self._processor)
         if logits.shape[0] == 1:
-            # All the host needs comes in one copy, here and below: one wait a round.
-            token, flag = _read(torch.stack((best[0, 0], ties[0])))
-            return Verdict([token], 0, _count([flag]))
-        tokens, parents, bits = self._tree
-        result = verify_greedy(tokens, parents, best, bits, backend=self.backend)
-        rows = [result.accept_len, result.accept_path[0], result.output_ids[0], ties]
-        accepted, *rest = _read(torch.cat(rows))
-        rows = logits.shape[0]
-        path, emitted, flags = rest[:rows], rest[rows : 2 * rows], rest[2 * rows :]
-        count = _count([flags[node] for node in (0, *path[:accepted])])
-        return Verdict(
-            emitted[: accepted + 1], accepted, count, result.accept_path, result.accept_len
-        )
+            return decide_steps(logits)[0]
+        return decide(logits[None], self._laid, self.backend)[0][0]
 
     @torch.inference_mode()
     def commit(self, verdict: Verdict) -> None:
@@ -201,49 +166,22 @@ class TransformersTarget:
         else:
             self.cache.advance(1)
 
-    def _walk(self, tree: DraftTree, logits: torch.Tensor, context: Sequence[int]) -> Verdict:
-        """`accept` where what follows a node depends on the tokens before it: node by node."""
-        answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
-        prefix = torch.cat([self._prompt, answer], 1)
-        path, emitted, flags = [0], [], []
-        while True:
-            scores = self._processor(prefix, logits[path[-1]][None].to(torch.float32, copy=True))
-            token, flag = _read(torch.stack((scores.argmax(), row_flags(scores)[0])))
-            emitted.append(token)
-            flags.append(flag)
-            child = tree.child(path[-1], token)
-            if child is None:
-                break
-            path.append(child)
-            prefix = torch.cat([prefix, prefix.new_tensor([[token]])], 1)
-        accepted = torch.tensor([path[1:]], dtype=torch.int32, device=self.device)
-        length = torch.tensor([len(path) - 1], dtype=torch.int32, device=self.device)
-        return Verdict(emitted, len(path) - 1, _count(flags), accepted, length)
-
-    def _additive_mask(self, ancestor_bits: torch.Tensor, rows: int) -> torch.Tensor:
+    def _additive_mask(self, laid: TreeRows, rows: int) -> torch.Tensor:
         """``[1, 1, N, length + N]``: 0 on committed rows and the row's path, -inf elsewhere."""
         length = self.cache.length
-        path = (ancestor_bits[0, :, None] >> self._slots[:rows]) & 1
+        path = (laid.bits[0, :, None] >> self._slots[:rows]) & 1
         mask = torch.zeros(1, 1, rows, length + rows, dtype=self.dtype, device=self.device)
         mask[0, 0, :, length:].masked_fill_(path == 0, float("-inf"))
         return mask
 
 
-def row_flags(logits: torch.Tensor) -> torch.Tensor:
-    """int64 ``[N]`` for logits ``[N, V]``: 1 where the best two lie within 2 ulp, 2 for NaN."""
-    best, second = logits.topk(2, dim=-1).values.unbind(-1)
-    ulp = torch.finfo(logits.dtype).eps * torch.exp2(best.abs().clamp_min(1e-30).log2().floor())
-    return torch.where(best.isnan(), 2, (best - second < 2 * ulp).long())
+def check_ids(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`input_ids` of one request.
 
-
-def _read(values: torch.Tensor) -> list[int]:
-    """One copy to the host, which waits for the device."""
-    with ranges.range_("readback", values.numel()):
-        return values.tolist()
-
-
-def _count(flags: Sequence[int]) -> int:
-    """Near ties among `flags`; argmax would silently pick a NaN's place, so that is an error."""
-    if 2 in flags:
-        raise RuntimeError("the target's logits are NaN: its weights or inputs are damaged")
-    return sum(flags)
+    Raises:
+        ValueError: they are not ``[1, L]``.
+    """
+    ids = inputs["input_ids"]
+    if ids.dim() != 2 or ids.shape[0] != 1:
+        raise ValueError(f"input_ids must be [1, length], got shape {tuple(ids.shape)}")
+    return ids
