@@ -45,6 +45,9 @@ def main(
         Path | None, typer.Option(help="Event stream (.npy) instead of scenes.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Video that goes with --events.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="The target's kernels: transformers' own, or llama for ours.")
+    ] = "transformers",
     prefill_fused: Annotated[
         str, typer.Option(help="Drafts in the target's prefill: off, exact or fast.")
     ] = "exact",

@@ -233,6 +233,8 @@ OPTIONS = {
     ("--seed", "-1"): "--seed must be in",
     ("--gamma", "x"): r"Invalid value for '--gamma'.*\(--help lists the options\)",
     ("--speed", "1"): "No such option: --speed",
+    ("--engine", "vllm"): "--engine must be one of transformers, llama, got 'vllm'",
+    ("--prefill-fused", "yes"): "--prefill-fused must be one of off, exact, fast, got 'yes'",
     ("--dtype", "bf16"): "--dtype must be one of float32, bfloat16, float16, got 'bf16'",
     ("--device", "gpu"): "--device must be cpu, cuda or cuda:N, got 'gpu'",
     ("--device", "meta"): "--device must be",

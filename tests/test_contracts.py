@@ -167,6 +167,8 @@ def test_op_without_a_kernel_says_so(monkeypatch):
 def test_backend_is_required_before_work():
     xspec_kernels.require_backend("auto", "cpu")
     with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
-        xspec_kernels.require_backend("cuda", "cpu")
+        xspec_kernels.require_backend("cuda", "cpu", ("tree_mask",))
+    with pytest.raises(RuntimeError, match="embed: there is no cuda kernel"):
+        xspec_kernels.require_backend("cuda", "cpu", ("embed",))
     with pytest.raises(ValueError, match="'fast', expected one of auto"):
         xspec_kernels.require_backend("fast", "cpu")

@@ -56,6 +56,16 @@ def test_all_arms_agree_with_the_target(finished) -> None:
     assert by_name["tree"]["tokens_per_verify"] > by_name["ngram_cold"]["tokens_per_verify"] > 1
 
 
+def test_our_own_engine_with_drafts_in_the_prefill(tmp_path) -> None:
+    options = {"arms": "target,hf_generate,draft,tree", "samples": 2, "warmup": 0}
+    options |= {"engine": "llama", "prefill_fused": "fast", "output_dir": tmp_path}
+    results = run_e2e(Options("python bench/e2e.py", **options))
+    assert all(a["identical"] == a["samples"] == 2 for a in results["arms"])
+    fused = results["prefill_fused"]
+    assert 0 < fused["accepted"] <= fused["drafted"]
+    assert (fused["answers"], fused["different_answers"], fused["different_tokens"]) == (4, 0, 0)
+
+
 def test_files_are_written(finished) -> None:
     results, folder = finished
     assert json.loads((folder / "copy.json").read_text()) == json.loads(json.dumps(results))

@@ -1,12 +1,26 @@
 """Verify kernels for speculative decoding: the public operations on one screen.
 
-    tree_mask      parents of a draft tree -> ancestor bits, depth, path slots
-    verify_greedy  draft tree and the target's tokens -> longest accepted path, tokens to emit
-    kv_commit      accepted rows into place in every KV cache
-    info           what is installed and what `backend="auto"` takes
-    require_backend  raise now if a backend cannot run on a device
+The round
+    tree_mask       parents of a draft tree -> ancestor bits, depth, path slots
+    verify_greedy   draft tree and the target's tokens -> longest accepted path, tokens to emit
+    kv_commit       accepted rows into place in every KV cache
+    verify_tail     the two above in two launches, published to the host as one record
 
-Every op takes `backend="auto" | "torch" | "triton" | "cuda"`; `torch` is the reference.
+The forward pass, each row's bits independent of how many rows there are
+    embed           token ids -> rows
+    norm_act        RMSNorm, with the residual added before
+    skinny_linear   y = x W^T for few rows; bias, residual, SiLU gate
+    rope_append     rotate q and k, write K and V behind the committed rows
+    tree_attention  rows of a tree over the committed keys and their own paths
+    lm_head_argmax  hidden rows -> greedy tokens, near ties and NaNs flagged
+
+Beside them
+    info, require_backend   what is installed, what runs where
+    Workspace               scratch of one decoder on one stream
+    interleave_gate, rope_table, read_record   the ops' data formats
+
+Every op takes `backend="auto" | "torch" | "triton"`, those of the round but the last "cuda" too;
+`torch` is the reference.
 """
 
 from __future__ import annotations
@@ -19,21 +33,57 @@ except ImportError as error:
         "install torch>=2.11 first, for instance `pip install torch==2.13.0`"
     ) from error
 
-from xspec_kernels._dispatch import BACKENDS, MAX_NODES, info, require_backend
+from xspec_kernels._dispatch import BACKENDS, MAX_NODES, exact, info, require_backend
+from xspec_kernels.kernels.embed import embed
 from xspec_kernels.kernels.kv_commit import kv_commit
+from xspec_kernels.kernels.lm_head_argmax import ArgmaxResult, lm_head_argmax
+from xspec_kernels.kernels.norm_act import norm_act
+from xspec_kernels.kernels.rope_append import rope_append, rope_table
+from xspec_kernels.kernels.skinny_linear import interleave_gate, skinny_linear
+from xspec_kernels.kernels.tree_attention import tree_attention
 from xspec_kernels.kernels.tree_mask import TreeMask, tree_mask
 from xspec_kernels.kernels.verify_greedy import VerifyResult, verify_greedy
+from xspec_kernels.kernels.verify_tail import (
+    CACHE_FULL,
+    INVALID,
+    SEQUENCE,
+    TOKENS,
+    TailRecord,
+    TailResult,
+    read_record,
+    verify_tail,
+)
+from xspec_kernels.workspace import Workspace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "CACHE_FULL",
+    "INVALID",
     "MAX_NODES",
+    "SEQUENCE",
+    "TOKENS",
+    "ArgmaxResult",
+    "TailRecord",
+    "TailResult",
     "TreeMask",
     "VerifyResult",
+    "Workspace",
+    "embed",
+    "exact",
     "info",
+    "interleave_gate",
     "kv_commit",
+    "lm_head_argmax",
+    "norm_act",
+    "read_record",
     "require_backend",
+    "rope_append",
+    "rope_table",
+    "skinny_linear",
+    "tree_attention",
     "tree_mask",
     "verify_greedy",
+    "verify_tail",
 ]

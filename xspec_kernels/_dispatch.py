@@ -100,6 +100,21 @@ def _automatic(available: Mapping[str, Any], device_type: str) -> str:
     return "triton" if "triton" in available and _triton.MISSING is None else "torch"
 
 
+def exact() -> bool:
+    """Whether XSPEC_EXACT=1 asks the torch implementations for bits that do not depend on M.
+
+    In exact mode a row's result is a function of that row and the weights: not of how many rows
+    there are, of their order or of their siblings. Slower; Triton kernels are so in every mode.
+
+    Raises:
+        ValueError: XSPEC_EXACT is set to something other than 0 or 1.
+    """
+    value = os.environ.get("XSPEC_EXACT") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"XSPEC_EXACT is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def check_tensor(
     op: str,
     name: str,

@@ -10,8 +10,9 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
     MISSING: str | None = f"triton cannot be imported ({error}); install triton>=3.6"
 else:
     MISSING = None
@@ -43,4 +44,13 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "launch", "tl", "triton", "unusable"]
+__all__ = [
+    "INTERPRETED",
+    "MISSING",
+    "TensorDescriptor",
+    "jit",
+    "launch",
+    "tl",
+    "triton",
+    "unusable",
+]

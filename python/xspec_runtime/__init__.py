@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .drafters.merge import MergedDrafter
     from .drafters.ngram import NgramDrafter, NgramMemory
     from .engine import Generation, SpeculativeDecoder
+    from .targets.llama import LlamaTarget
     from .targets.transformers import TransformersTarget
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "NgramMemory": "drafters.ngram",
     "Generation": "engine",
     "SpeculativeDecoder": "engine",
+    "LlamaTarget": "targets.llama",
     "TransformersTarget": "targets.transformers",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "Generation",
+    "LlamaTarget",
     "MergedDrafter",
     "ModelDrafter",
     "NgramDrafter",

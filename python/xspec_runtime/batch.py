@@ -21,9 +21,8 @@ from .config import SpecConfig
 from .drafters.base import Drafter, DraftTree, Request
 from .engine import Generation, Round, first_answer, propose
 from .prefill import DraftedText, Opening, check_drafted
-from .targets.batch import BatchTarget
-from .targets.greedy import Verdict
-from .targets.transformers import TransformersTarget, check_ids
+from .targets.base import Target
+from .targets.greedy import Verdict, check_ids
 
 
 @dataclass(slots=True)
@@ -63,12 +62,12 @@ class BatchDecoder:
 
     def __init__(
         self,
-        target: TransformersTarget,
+        target: Target,
         make_drafter: Callable[[], Drafter] | None = None,
         config: SpecConfig | None = None,
         batch: int = 8,
     ) -> None:
-        self.target = BatchTarget(target, batch)
+        self.target = target.batched(batch)
         self.make_drafter = make_drafter
         self.config = config or SpecConfig()
         self.batch = batch

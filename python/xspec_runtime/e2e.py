@@ -19,7 +19,8 @@ from .files import JsonLines, check_output, read_lines, write_json
 from .inputs import check_device, check_lengths, check_questions, read_recording
 from .measure import check_arms, run_interleaved, summarize
 from .report import print_table, write_results
-from .workloads import MiniPair, Settings, Workload, text_workload
+from .targets.transformers import OPS
+from .workloads import ENGINES, MiniPair, Settings, Workload, text_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +43,7 @@ class Options:
     events: Path | None = None
     video: Path | None = None
     prefill_fused: str = "exact"
+    engine: str = "transformers"
     device: str = "cpu"
     dtype: str = "float32"
     backend: str = "auto"
@@ -78,9 +80,12 @@ class Options:
                 f"--prefill-fused must be one of {', '.join(PREFILL_FUSED)}, "
                 f"got {self.prefill_fused!r}"
             )
+        if self.engine not in ENGINES:
+            raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         check_device(self.device)
         try:
-            require_backend(self.backend, torch.device(self.device).type)
+            ops = OPS if self.engine == "transformers" else None
+            require_backend(self.backend, torch.device(self.device).type, ops)
         except (ValueError, RuntimeError) as error:
             named = "XSPEC_BACKEND" if self.backend == "auto" else "--backend"
             raise type(error)(f"{named}: {error}") from None
@@ -94,6 +99,7 @@ class Options:
             self.rows,
             self.max_new_tokens,
             self.prefill_fused,
+            self.engine,
             self.device,
             DTYPES[self.dtype],
             self.backend,

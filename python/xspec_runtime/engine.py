@@ -15,8 +15,8 @@ from .config import SpecConfig
 from .drafters.base import Drafter, DraftTree, Request
 from .drafters.merge import merge
 from .prefill import DraftedText, Opening, check_drafted
-from .targets.greedy import Verdict
-from .targets.transformers import TransformersTarget, check_ids
+from .targets.base import Target
+from .targets.greedy import Verdict, check_ids
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        target: TransformersTarget,
+        target: Target,
         drafter: Drafter | None = None,
         config: SpecConfig | None = None,
     ) -> None:

@@ -35,10 +35,12 @@ class PackedLinear(nn.Module):
         # An opaque layout: neither a buffer to be moved nor a parameter to be saved.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
+        # Found once: a single row takes so little time that the search would show.
+        self._apply_packed = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 ``[..., in]`` -> ``[..., out]``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return self._apply_packed(x, self._packed, self._bias, "none", [], "")
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from .drafters.base import MAX_ROWS, Drafter, DraftTree, Request
-from .targets.transformers import TransformersTarget
+from .targets.base import Target
 
 HEIGHTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows that are timed; linear between them
 REPEATS = 5
@@ -19,7 +19,7 @@ RETRY = 0.02  # part of plain decoding's time that failing drafts may cost for e
 CREDIT = 8.0  # plain steps saved that may be lost again
 
 
-def row_costs(target: TransformersTarget, rows: int = MAX_ROWS) -> list[float]:
+def row_costs(target: Target, rows: int = MAX_ROWS) -> list[float]:
     """Time of a verify of 1, 2, ... `rows` rows, relative to a single row.
 
     Measured on `target` (the fastest of a few runs each); what its cache holds is lost.

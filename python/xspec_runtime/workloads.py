@@ -24,9 +24,12 @@ from .engine import SpeculativeDecoder
 from .models import mini
 from .packing import pack_linears
 from .policy import CONTEXT, PricedDrafter, row_costs
+from .targets.base import Target
+from .targets.llama import LlamaTarget
 from .targets.transformers import TransformersTarget
 
 PLAIN = "target"
+ENGINES = ("transformers", "llama")
 # Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
 MAX_MATCHING_NGRAM = 3
 OURS = ("draft", *mini_pair.ARMS, "ngram", "ngram_tree", "ngram_cold", "tree")
@@ -47,12 +50,14 @@ class Settings:
         gamma: draft tokens of a chain.
         rows: rows of the merged tree.
         prefill_fused: of every arm that drafts, see `SpecConfig`.
+        engine: of the target, one of `ENGINES`.
     """
 
     gamma: int = 5
     rows: int = 16
     max_new_tokens: int = mini.MAX_NEW_TOKENS
     prefill_fused: str = "exact"
+    engine: str = "transformers"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     backend: str = "auto"
@@ -74,6 +79,14 @@ class Workload:
     facts: dict[str, object] = field(default_factory=dict)
 
 
+def build_target(model: PreTrainedModel, settings: Settings, capacity: int = 1024) -> Target:
+    """The target on its own kernels, or on ours."""
+    if settings.engine == "llama":
+        max_depth = 32 if settings.rows <= 32 and settings.gamma < 32 else 64
+        return LlamaTarget(model, capacity, settings.backend, max_depth=max_depth)
+    return TransformersTarget(model, capacity, settings.backend)
+
+
 def unrelated_memory() -> NgramMemory:
     """An empty memory for requests that have nothing to do with the ones before them."""
     return NgramMemory(recency=0)
@@ -87,7 +100,7 @@ class MiniPair:
         self.tokenizer = mini.load_tokenizer()
         self.answers = mini.load_answers()
         self.target_model = self._load("target")
-        self.target = TransformersTarget(self.target_model, backend=settings.backend)
+        self.target = build_target(self.target_model, settings)
         self.draft_model = self._load(draft)
 
     @cached_property
@@ -250,8 +263,8 @@ def text_workload(
             )
     longest = max(CONTEXT, *(t.inputs["input_ids"].shape[1] for t in tasks))
     capacity = longest + settings.max_new_tokens + settings.rows + settings.gamma + 1
-    packed = pack_linears(model)
-    runner = TransformersTarget(model, capacity, settings.backend)
+    packed = pack_linears(model) if settings.engine == "transformers" else 0
+    runner = build_target(model, settings, capacity)
     costs = row_costs(runner, settings.rows)
     record = {
         "pair": str(target),
@@ -289,7 +302,7 @@ def text_workload(
 
 def _text_arms(
     settings: Settings,
-    runner: TransformersTarget,
+    runner: Target,
     costs: Sequence[float],
     draft_model: PreTrainedModel | None,
     ends: tuple[int, ...],

@@ -70,7 +70,10 @@ def _reject(request: int, path: list[int], length: int, start: int, slots: int) 
     )
 
 
-@jit(do_not_specialize=["P"])
+_INDICES = ("accept_path", "accept_len", "cache_seqlens", "new_seqlens")
+
+
+@jit(do_not_specialize=["P"], do_not_specialize_on_alignment=_INDICES)
 def _kv_commit_kernel(
     caches,  # [num_caches] int64 addresses
     accept_path,  # [B, P] int32
@@ -124,15 +127,19 @@ def _geometry(caches: Sequence[torch.Tensor]) -> tuple[int, int, tuple[int, int,
     return word, row // word, tuple(stride // word for stride in strides)
 
 
-def _triton(
+def launch_commit(
     caches: Sequence[torch.Tensor],
     accept_path: torch.Tensor,
     accept_len: torch.Tensor,
     cache_seqlens: torch.Tensor,
-) -> torch.Tensor:
+    new_seqlens: torch.Tensor,
+) -> None:
+    """The Triton kernel on checked arguments; new_seqlens [B] int32 is other memory than its input.
+
+    Some programs read cache_seqlens after another has written new_seqlens.
+    """
     batch, heads, slots, _ = caches[0].shape
     word, row_words, strides = _geometry(caches)
-    new_seqlens = torch.empty_like(cache_seqlens)
     block = 32
     launch(
         _kv_commit_kernel, (len(caches), batch * heads, -(-row_words // block)),
@@ -141,6 +148,16 @@ def _triton(
         WORD={1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[word], NODES=64, BLOCK=block,
         num_warps=4,
     )  # fmt: skip
+
+
+def _triton(
+    caches: Sequence[torch.Tensor],
+    accept_path: torch.Tensor,
+    accept_len: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    new_seqlens = torch.empty_like(cache_seqlens)
+    launch_commit(caches, accept_path, accept_len, cache_seqlens, new_seqlens)
     return new_seqlens
 
 
@@ -170,26 +187,14 @@ def _launch_native(
     return new_seqlens
 
 
-def _check(
-    caches: Sequence[torch.Tensor],
-    accept_path: torch.Tensor,
-    accept_len: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-) -> torch.device:
-    op, device = "kv_commit", accept_path.device
+def check_caches(op: str, caches: Sequence[torch.Tensor], batch: int, device: torch.device) -> None:
+    """Raise ValueError unless all caches are alike, [batch, H_kv, S, D] with rows of D together."""
     if not caches:
         raise ValueError(f"{op}: caches is empty, expected at least one [B, H_kv, S, D] tensor")
-    check_nodes(op, "accept_path", accept_path)
-    batch = accept_path.shape[:1]
-    check_tensor(op, "accept_path", accept_path, accept_path.shape, (torch.int32,), device)
-    check_tensor(op, "accept_len", accept_len, batch, (torch.int32,), device)
-    check_tensor(op, "cache_seqlens", cache_seqlens, batch, (torch.int32,), device)
     first = caches[0]
     shape, strides, dtype = first.shape, first.stride(), first.dtype
-    if len(shape) != 4 or shape[0] != batch[0] or 0 in shape:
-        raise ValueError(
-            f"{op}: caches[0] has shape {list(shape)}, expected [{batch[0]}, H_kv, S, D]"
-        )
+    if len(shape) != 4 or shape[0] != batch or 0 in shape:
+        raise ValueError(f"{op}: caches[0] has shape {list(shape)}, expected [{batch}, H_kv, S, D]")
     if strides[3] != 1 or strides[2] < shape[3] or first.element_size() not in _WORD_DTYPES:
         raise ValueError(
             f"{op}: caches[0] has strides {strides} and dtype {dtype}, expected rows of D "
@@ -203,6 +208,21 @@ def _check(
                 f"{cache.stride()} on {cache.device}, expected {dtype} {list(shape)} with strides "
                 f"{strides} on {device}"
             )
+
+
+def _check(
+    caches: Sequence[torch.Tensor],
+    accept_path: torch.Tensor,
+    accept_len: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> torch.device:
+    op, device = "kv_commit", accept_path.device
+    check_nodes(op, "accept_path", accept_path)
+    batch = accept_path.shape[:1]
+    check_tensor(op, "accept_path", accept_path, accept_path.shape, (torch.int32,), device)
+    check_tensor(op, "accept_len", accept_len, batch, (torch.int32,), device)
+    check_tensor(op, "cache_seqlens", cache_seqlens, batch, (torch.int32,), device)
+    check_caches(op, caches, batch[0], device)
     return device
 
 

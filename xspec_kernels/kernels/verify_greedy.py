@@ -76,6 +76,30 @@ def verify_greedy_ref(
     )
 
 
+@jit()
+def longest_path(token, parent, want, ancestors, real, i, NODES: tl.constexpr):
+    """(accepted drafts or -1 for an idle request, the last accepted node, its ancestor word).
+
+    `want` is the target's token after each node's parent, negative where there is none; `real`
+    marks the request's nodes and i is 0..NODES - 1.
+    """
+    wide = i.to(tl.int64)
+    precedes = (parent >= 0) & (parent < i)
+    matches = real & ((i == 0) | (precedes & (want >= 0) & (token == want)))
+    matching = tl.sum(matches.to(tl.int64) << wide, 0)
+
+    ancestors = tl.where(i == 0, tl.full((NODES,), 1, tl.int64), ancestors)
+    members = tl.sum(((ancestors[:, None] >> wide[None, :]) & 1).to(tl.int32), 1)
+    well_formed = ((ancestors & 1) != 0) & (((ancestors >> wide) & 1) != 0)
+    accepted = real & well_formed & ((matching & ancestors) == ancestors)
+
+    # Path length above the reversed index: the maximum is the longest, then the lowest. An idle
+    # request keeps NODES - 1, which reads as length -1 and node 0.
+    key = tl.max(tl.where(accepted, members * NODES, 0) + (NODES - 1 - i), 0)
+    last = NODES - 1 - key % NODES
+    return key // NODES - 1, last, tl.sum(tl.where(i == last, ancestors, 0), 0)
+
+
 @jit(do_not_specialize=["N"])
 def _verify_greedy_kernel(
     token_ids,  # [B, N] int32 or int64
@@ -92,7 +116,6 @@ def _verify_greedy_kernel(
     request = tl.program_id(0).to(tl.int64)
     base = request * N
     i = tl.arange(0, NODES)
-    wide = i.to(tl.int64)
     rows = N
     if num_rows is not None:
         rows = tl.minimum(tl.load(num_rows + request), N)
@@ -102,23 +125,10 @@ def _verify_greedy_kernel(
     parent = tl.load(parent_idx + base + i, mask=real, other=-1)
     precedes = real & (parent >= 0) & (parent < i)
     want = tl.load(target_ids + base + parent, mask=precedes, other=-1)
-    matches = (real & (i == 0)) | (precedes & (want >= 0) & (token == want))
-    matching = tl.sum(matches.to(tl.int64) << wide, 0)
-
     ancestors = tl.load(ancestor_bits + base + i, mask=real, other=0)
-    ancestors = tl.where(i == 0, tl.full((NODES,), 1, tl.int64), ancestors)
-    members = tl.sum(((ancestors[:, None] >> wide[None, :]) & 1).to(tl.int32), 1)
-    well_formed = ((ancestors & 1) != 0) & (((ancestors >> wide) & 1) != 0)
-    accepted = real & well_formed & ((matching & ancestors) == ancestors)
+    length, last, best = longest_path(token, parent, want, ancestors, real, i, NODES)
 
-    # Path length above the reversed index: the maximum is the longest, then the lowest. An idle
-    # request keeps NODES - 1, which reads as length -1 and node 0.
-    key = tl.max(tl.where(accepted, members * NODES, 0) + (NODES - 1 - i), 0)
-    length = key // NODES - 1
-    last = NODES - 1 - key % NODES
-
-    best = tl.sum(tl.where(i == last, ancestors, 0), 0)
-    taken = (((best >> wide) & 1) != 0) & (i > 0) & (length > 0)
+    taken = (((best >> i.to(tl.int64)) & 1) != 0) & (i > 0) & (length > 0)
     slot = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(accept_path + base + slot, i, mask=taken)
     tl.store(output_ids + base + slot, token, mask=taken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,3 +155,15 @@ def _read(values: torch.Tensor) -> list:
     """One copy to the host, which waits for the device."""
     with ranges.range_("readback", values.numel()):
         return values.tolist()
+
+
+def check_ids(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`input_ids` of one request.
+
+    Raises:
+        ValueError: they are not ``[1, L]``.
+    """
+    ids = inputs["input_ids"]
+    if ids.dim() != 2 or ids.shape[0] != 1:
+        raise ValueError(f"input_ids must be [1, length], got shape {tuple(ids.shape)}")
+    return ids

@@ -8,14 +8,14 @@ from time import perf_counter
 import torch
 
 from ..drafters.base import DraftTree
-from .transformers import TransformersTarget
+from .base import Target
 
 # A greater height counts as cheaper only beyond this share: less is noise.
 NOISE = 0.03
 
 
 def cheap_heights(
-    target: TransformersTarget, rows: int, prompt_rows: int = 256, repeats: int = 5
+    target: Target, rows: int, prompt_rows: int = 256, repeats: int = 5
 ) -> tuple[int, ...]:
     """Heights for `SpecConfig.pad_rows` such that filling a tree up never costs time.
 
@@ -57,7 +57,7 @@ def cheapest(cost: dict[int, float]) -> tuple[int, ...]:
     return tuple(reversed(kept))
 
 
-def _milliseconds(target: TransformersTarget, height: int) -> float:
+def _milliseconds(target: Target, height: int) -> float:
     tree = DraftTree.chain(1, [1] * (height - 1))
     start = perf_counter()
     logits = target.forward(tree)

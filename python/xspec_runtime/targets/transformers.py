@@ -9,6 +9,7 @@ outside near ties (top-2 gap below 2 ulp of the logits), which every result coun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -19,7 +20,22 @@ from ..drafters.base import MAX_ROWS, DraftTree
 from ..kv_cache import KVCache
 from ..prefill import extend_inputs, placeholder_ids, usable
 from .attention import use_tree_attention
-from .greedy import TreeRows, Verdict, decide, decide_steps, lay_out, row_flags, walk
+from .greedy import (
+    TreeRows,
+    Verdict,
+    check_ids,
+    decide,
+    decide_steps,
+    lay_out,
+    row_flags,
+    walk,
+)
+
+if TYPE_CHECKING:
+    from .batch import BatchTarget
+
+# Those of the round; the forward pass is transformers' own.
+OPS = ("tree_mask", "verify_greedy", "kv_commit")
 
 __all__ = ["TransformersTarget", "Verdict", "row_flags"]
 
@@ -57,7 +73,7 @@ class TransformersTarget:
                 f"{type(model).__name__} uses {sorted(unsupported) or 'a sliding window'}, "
                 "expected full attention in every layer"
             )
-        require_backend(backend, model.device.type)
+        require_backend(backend, model.device.type, OPS)
         self.model = model
         self.backend = backend
         self.device = model.device
@@ -68,6 +84,12 @@ class TransformersTarget:
         self._slots = torch.arange(MAX_ROWS, device=self.device)
         self._placeholders = placeholder_ids(model.config)
         use_tree_attention(model)
+
+    def batched(self, batch: int) -> BatchTarget:
+        """Several requests at once over this target's model."""
+        from .batch import BatchTarget
+
+        return BatchTarget(self, batch)
 
     @torch.inference_mode()
     def prefill(
@@ -173,15 +195,3 @@ class TransformersTarget:
         mask = torch.zeros(1, 1, rows, length + rows, dtype=self.dtype, device=self.device)
         mask[0, 0, :, length:].masked_fill_(path == 0, float("-inf"))
         return mask
-
-
-def check_ids(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """`input_ids` of one request.
-
-    Raises:
-        ValueError: they are not ``[1, L]``.
-    """
-    ids = inputs["input_ids"]
-    if ids.dim() != 2 or ids.shape[0] != 1:
-        raise ValueError(f"input_ids must be [1, length], got shape {tuple(ids.shape)}")
-    return ids

@@ -1,0 +1,42 @@
+"""What a target does for a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import LogitsProcessorList
+
+from ..drafters.base import DraftTree
+from ..kv_cache import KVCache
+from .greedy import Verdict
+
+if TYPE_CHECKING:
+    from .batch import BatchTarget
+
+
+class Target(Protocol):
+    """A greedy target of batch 1; `TransformersTarget` says what each method does and raises."""
+
+    cache: KVCache
+    device: torch.device
+    vocab_size: int
+    num_layers: int
+
+    def batched(self, batch: int) -> BatchTarget: ...
+
+    def prefill(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        logits_processor: LogitsProcessorList | None = None,
+        drafted: Sequence[int] = (),
+        cache: KVCache | None = None,
+    ) -> Verdict: ...
+
+    def forward(self, tree: DraftTree, height: int = 0) -> Any:
+        """What `accept` wants to know about every row: logits, or tokens and flags."""
+
+    def accept(self, tree: DraftTree, scored: Any, context: Sequence[int]) -> Verdict: ...
+
+    def commit(self, verdict: Verdict) -> None: ...
