@@ -33,10 +33,33 @@ def training_markdown(record: dict) -> str:
     return "\n".join([*lines, "", *record.get("notes", [])])
 
 
+def prompts_markdown(results: dict) -> str:
+    """The main table, and what it holds for each group of the prompts file."""
+    prompts = read_json(ROOT / results["config"]["prompts"], "prompts file")
+    spent: dict[str, dict[str, float]] = {}
+    count: dict[str, int] = {}
+    for sample in results["samples"]:
+        group = prompts[int(sample["task"].removeprefix("prompt "))]["group"]
+        arms = spent.setdefault(group, {})
+        arms[sample["arm"]] = arms.get(sample["arm"], 0.0) + sample["total_ms"]
+        count[group] = count.get(group, 0) + (sample["arm"] == "target")
+    names = [arm["name"] for arm in results["arms"] if arm["name"] != "target"]
+    lines = [
+        f"| group | prompts | {' | '.join(names)} |",
+        "|---|---:|" + "---:|" * len(names),
+    ]
+    for group, arms in spent.items():
+        cells = [f"{arms['target'] / arms[name]:.2f}x" for name in names]
+        lines.append(f"| {group} | {count[group]} | {' | '.join(cells)} |")
+    note = "Summed total of `target` / summed total of the arm, by group:"
+    return "\n".join([markdown_table(results), "", note, "", *lines])
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TABLES = {
     "e2e": (RESULTS / "e2e_cpu.json", markdown_table),
     "replay": (RESULTS / "replay.json", replay_markdown),
+    "smollm2": (RESULTS / "smollm2_cpu.json", prompts_markdown),
     "pair": (CHECKPOINTS / "training.json", training_markdown),
 }
 
