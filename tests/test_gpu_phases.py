@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -8,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from xspec_runtime.gpu import bundle, check, rounds
+from xspec_kernels import _dispatch
+from xspec_runtime.gpu import bundle, check, forward, kernels, law, rounds
 from xspec_runtime.gpu.cases import tree_mask_cases
 from xspec_runtime.gpu.clock import interleaved
 from xspec_runtime.gpu.compiled import compiled_kernels
@@ -51,6 +53,67 @@ def test_planted_mismatch_names_op_backend_and_case(wrong, monkeypatch):
     monkeypatch.setitem(check.OPS, "tree_mask", one_case(lambda got: got))
     for fact in check.check_op("tree_mask", Context(Options(dry_run=True), 0)):
         assert fact["ops"][0]["unavailable"] or fact["ops"][0]["mismatches"] == 0
+
+
+def test_a_row_that_is_off_is_found(rng):
+    case = next(iter(check.OPS["skinny_linear"](rng, (5,))))
+    want = case.run("torch", "cpu")
+    got = [want[0].clone()]
+    got[0][-1] *= 1 + case.tolerance / 2
+    assert check.compare(case, got, want) is None
+    got[0][-1] *= 1 + case.tolerance
+    assert "y: a row is off by" in check.compare(case, got, want)
+    got[0][-1] = torch.nan
+    assert "y: a row is off by nan" in check.compare(case, got, want)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    monkeypatch.setenv("XSPEC_EXACT", "1")
+    with torch.inference_mode():
+        yield forward.random_weights("tiny", "cpu", torch.float32, 0, 2)
+
+
+def test_law_names_the_first_op_that_breaks_it(exact, monkeypatch):
+    held = law.Law(exact, "torch", 40, 8, 3)
+    tallies = [held.replay() for _ in range(3)]
+    assert all(tally.first is None and tally.rows >= 8 for tally in tallies)
+    assert held.graph() is None
+    monkeypatch.setenv("XSPEC_EXACT", "0")
+    found = [held.replay().first or "" for _ in range(3)]
+    assert any(re.match(r"layer \d, op \d: (skinny_linear|tree_attention): row", x) for x in found)
+
+
+@pytest.mark.parametrize(
+    ("op", "place"),
+    [("norm_act", 0), ("skinny_linear", 1), ("rope_append", 2), ("tree_attention", 3)],
+)
+def test_op_that_knows_its_neighbors_is_named(op, place, exact, monkeypatch):
+    """In the last bits, wherever there is more than one row."""
+    held = law.Law(exact, "torch", 40, 8, 3)
+    sound = _dispatch._IMPLEMENTATIONS[op]["torch"]
+
+    def planted(x, *rest):
+        out = sound(x, *rest)
+        rows = x.shape[1] if op == "tree_attention" else len(x)
+        factor = 1 + 1e-6 * (rows > 1)
+        return [t * factor for t in out] if isinstance(out, list) else out * factor
+
+    monkeypatch.setitem(_dispatch._IMPLEMENTATIONS[op], "torch", planted)
+    found = [held.replay().first for _ in range(3)]
+    assert any(first and first.startswith(f"layer 0, op {place}: {op}: row") for first in found)
+
+
+def test_kernel_that_is_off_is_not_timed(monkeypatch):
+    def off(*arguments, **options):
+        return 1.1 * sound(*arguments, **options)
+
+    sound = kernels.skinny_linear
+    monkeypatch.setattr(kernels, "skinny_linear", off)
+    found = []
+    with pytest.raises(CheckFailed, match=r"skinny_linear qkv, 1 rows: off by 0\.1"):
+        found += kernels.linear(Context(Options(dry_run=True), 0))
+    assert found == []
 
 
 def test_planted_mismatch_of_a_round_is_found(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from xspec_runtime.gpu import PHASES, suite
+from xspec_runtime.gpu.check import OPS
 from xspec_runtime.gpu.parts import Context, Options, Part, Skip, execute
 from xspec_runtime.gpu.record import validate_gpu_results
 
@@ -44,13 +45,16 @@ def test_dry_run(dry):
     assert found["dry_run"] and found["complete"] and found["environment"]["gpu"] is None
     assert list(found["phases"]) == list(PHASES)
     assert {phase["status"] for phase in found["phases"].values()} == {"passed"}
-    ops = [op for name in ("tree_mask", "verify_greedy", "kv_commit")
-           for op in found["phases"]["check"]["parts"][name]["data"]["ops"]]  # fmt: skip
+    parts = found["phases"]["check"]["parts"]
+    ops = [op for name in OPS for op in parts[name]["data"]["ops"]]
     ran = [op for op in ops if op["unavailable"] is None]
-    assert {op["backend"] for op in ran} == {"torch", "auto"}
-    assert all(op["cases"] >= 12 and op["mismatches"] == 0 for op in ran)
+    assert {(op["op"], op["backend"]) for op in ran} == {(n, b) for n in OPS
+                                                        for b in ("torch", "auto")}  # fmt: skip
+    assert all(op["cases"] >= 3 and op["mismatches"] == 0 for op in ran)
     missing = [op for op in ops if op["unavailable"]]
     assert all("cannot run" in op["unavailable"] for op in missing)
+    law = parts["law"]["data"]["law"]
+    assert len(law) == 2 and all(one["first"] is None and one["rows"] >= 14 for one in law)
 
 
 def test_dry_run_measures_every_kind(dry):
@@ -58,14 +62,30 @@ def test_dry_run_measures_every_kind(dry):
     machine = found["phases"]["baseline"]["parts"]["machine"]["data"]
     for key in ("copy_gbps", "eager_launch_us", "graph_kernel_us", "one_kernel_graph_us"):
         assert machine[key] > 0
-    kinds = {(row["backend"], row["mode"]) for row in found["verify"]}
-    names = ("cublas", "cublas-mask", "cublas-split")
-    assert kinds == {(name, mode) for name in names for mode in ("eager", "graph")}
+    kinds = {(row["backend"], row["mode"], row["shape"]) for row in found["verify"]}
+    names = [(name, "chain") for name in ("cublas", "cublas-mask", "cublas-split")]
+    names += [(name, shape) for name in ("xspec-torch", "torch-linear")
+              for shape in ("chain", "tree")]  # fmt: skip
+    tight = {("xspec-torch-tight", "graph", shape) for shape in ("chain", "tree")}
+    assert kinds - tight == {(n, mode, s) for n, s in names for mode in ("eager", "graph")}
+    assert tight <= kinds
+    measured = found["phases"]["verify"]["parts"]["bf16"]["data"]
     for row in found["verify"]:
         assert (row["weights"], row["prompt_tokens"]) == ("bf16", 40)
         assert row["floor_ratio"] == pytest.approx(row["ms"] / row["floor_ms"])
-        assert row["floor_ms"] == pytest.approx(row["bytes"] / machine["copy_gbps"] / 1e6)
+        gbps = {row["bytes"] / one["copy_gbps"] / 1e6 for one in (machine, measured)}
+        assert any(row["floor_ms"] == pytest.approx(floor) for floor in gbps)
         assert row["rows"] > 1 or row["ratio"] == 1.0
+    goals = {(goal["rows"], goal["of"], goal["goal"]) for goal in measured["goals"]}
+    assert goals == {(1, "floor_ratio", 1.35)}
+    kernels = [row for part in found["phases"]["kernels"]["parts"].values()
+               for row in part["data"]["kernels"]]  # fmt: skip
+    products = {f"skinny_linear {name}" for name in ("qkv", "o", "gate_up", "down")}
+    others = {"lm_head_argmax", "norm_act", "rope_append", "tree_attention 40"}
+    assert {row["op"] for row in kernels} == products | others
+    for row in kernels:
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+        assert (row["torch_us"] is None) == (row["op"] == "rope_append")
     nf4 = found["phases"]["baseline"]["parts"]["nf4_bitsandbytes"]
     if nf4["status"] == "skipped":
         assert "make gpu-bundle" in nf4["message"]
@@ -202,6 +222,21 @@ def test_faults_and_hangs_cost_their_own_part(tmp_path, monkeypatch):
     assert parts["raises"]["data"]["pid"] != parts["fine"]["data"]["pid"]
     assert parts["hangs"]["data"]["known"] == parts["raises"]["data"]
     assert "a library talks" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_part_that_hangs_costs_itself_and_no_other(tmp_path, monkeypatch):
+    source = APART.replace("f, 0,", "f, 2,").replace("PATH", repr(str(tmp_path)))
+    (tmp_path / "slow_phase.py").write_text(
+        source.replace("(raises, fine, dies, hangs)", "(hangs,)")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PHASES, "apart", "slow_phase")
+    monkeypatch.setattr(suite, "PATIENCE", 0.2)
+    options = Options(("apart",), dry_run=True, out=tmp_path / "out", budget=200.0)
+    assert suite.run_suite(options, "python x", lambda line: None) == 1
+    parts = results(tmp_path / "out")["phases"]["apart"]["parts"]
+    assert parts["hangs"]["message"] == "stopped: it hangs"
+    assert parts["late"]["status"] == "passed"
 
 
 def test_part_over_budget_is_skipped_and_a_shorter_one_runs():

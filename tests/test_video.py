@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from xspec_runtime.data import video
-from xspec_runtime.data.images import clip_preprocess
-from xspec_runtime.data.video import frame_indices, load_video, preprocess_video
+from xspec_runtime.data import video_file
+from xspec_runtime.data.images import clip_preprocess, resize
+from xspec_runtime.data.video import frame_indices, load_video, preprocess_video, resized_video
+from xspec_runtime.data.video_file import Stopped, read_frames
 
 av = pytest.importorskip("av")
 
@@ -24,9 +26,15 @@ def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.stack([gray, gray * 0.8, 200 - gray * 0.5], -1).clip(0, 255).astype(np.uint8)
 
 
-def write(path: Path, frames: np.ndarray, codec: str, group: int = 12) -> Path:
+def write(
+    path: Path,
+    frames: np.ndarray,
+    codec: str,
+    group: int = 12,
+    options: dict[str, str] | None = None,
+) -> Path:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=20)
+        stream = container.add_stream(codec, rate=20, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", group, 8_000_000
         for frame in frames:
@@ -62,40 +70,67 @@ def test_same_frames_as_decoding_everything(suffix, codec, group, tmp_path):
         assert np.array_equal(load_video(path, n, mode), whole[frame_indices(33, n, mode)])
 
 
-def test_decodes_only_what_is_needed(tmp_path, monkeypatch):
-    path = write(tmp_path / "clip.mp4", moving(200), "mpeg4", group=4)
-    seeks, open_file = [], video._open
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("codec", "group", "options"),
+    [
+        ("libx264", 7, {"bf": "3", "b-pyramid": "normal"}),
+        ("libx264", 250, {"bf": "8", "b-pyramid": "none"}),
+        ("libx264", 11, {"bf": "3", "x264-params": "open-gop=1"}),
+        ("mpeg2video", 6, {"bf": "2"}),
+        ("mpeg4", 9, {"bf": "1"}),
+    ],
+)
+def test_threads_and_skipped_pictures_change_no_byte(
+    threads, codec, group, options, tmp_path, monkeypatch
+):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    path = write(tmp_path / "clip.mp4", moving(47), codec, group, options)
+    whole = decode_all(path)
+    monkeypatch.setattr(video_file, "cores", lambda: threads)
+    for n, mode in ((8, "uniform"), (3, "uniform"), (8, "first-n"), (47, "uniform")):
+        assert np.array_equal(load_video(path, n, mode), whole[frame_indices(47, n, mode)])
 
-    class Counting:
-        def __init__(self, container):
-            self.container, self.frames = container, 0
 
-        def __enter__(self):
-            return self
+class Decoded:
+    """What `video_file` decodes: one count of frames for each run of packets."""
 
-        def __exit__(self, *error):
-            self.container.close()
+    def __init__(self, monkeypatch) -> None:
+        self.runs: list[int] = []
+        frames_of = video_file._frames_of
 
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def seek(self, *arguments, **options):
-            seeks.append(arguments)
-            self.container.seek(*arguments, **options)
-
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                self.frames += 1
+        def counting(container, run):
+            self.runs.append(0)
+            place = len(self.runs) - 1
+            for frame in frames_of(container, run):
+                self.runs[place] += 1
                 yield frame
 
-    opened = []
-    monkeypatch.setattr(
-        video, "_open", lambda p: opened.append(Counting(open_file(p))) or opened[-1]
-    )
-    found = load_video(path, 4)
-    assert np.array_equal(found, decode_all(path)[[0, 66, 133, 199]])
-    assert len(opened) == 1 and len(seeks) == 4
-    assert opened[0].frames <= 4 * 4
+        monkeypatch.setattr(video_file, "_frames_of", counting)
+        monkeypatch.setattr(video_file, "_by_count", lambda *_: pytest.fail("decoded everything"))
+
+
+def test_decodes_only_what_is_needed(tmp_path, monkeypatch):
+    path = write(tmp_path / "clip.mp4", moving(200), "mpeg4", group=4)
+    decoded = Decoded(monkeypatch)
+    assert np.array_equal(load_video(path, 4), decode_all(path)[[0, 66, 133, 199]])
+    assert len(decoded.runs) == 4 and sum(decoded.runs) <= 4 * 4
+    # 8 frames of the first two groups, each decoded once.
+    decoded.runs.clear()
+    load_video(path, 8, "first-n")
+    assert decoded.runs == [4, 4]
+
+
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="this PyAV has no libx264")
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_pictures_that_no_other_needs_are_left_out(suffix, tmp_path, monkeypatch):
+    options = {"bf": "3", "b-pyramid": "none", "x264-params": "b-adapt=0:scenecut=0"}
+    path = write(tmp_path / f"clip.{suffix}", moving(100), "libx264", 250, options)
+    decoded = Decoded(monkeypatch)
+    assert np.array_equal(load_video(path), decode_all(path)[frame_indices(100)])
+    # Of each 4 pictures 3 are not referred to; 8 wanted ones may be among those.
+    assert len(decoded.runs) == 1 and decoded.runs[0] <= 100 // 4 + 2 + 8
 
 
 def test_damaged_tail_gives_the_frames_before_it(tmp_path):
@@ -143,6 +178,66 @@ def test_to_tensor(tmp_path):
     assert pixels.shape == (8, 3, 32, 32) and pixels.dtype == torch.float32
     expected = clip_preprocess(frames[frame_indices(10)], 32, fit="squash")
     assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_frames_prepared_while_others_decode_are_the_same(fit, tmp_path):
+    path = write(tmp_path / "clip.mp4", moving(40, 90, 120), "mpeg4", group=6)
+    frames = load_video(path, 5)
+    assert np.array_equal(resized_video(path, 5, size=32, fit=fit), resize(frames, 32, fit))
+    buffer = torch.full((5, 3, 32, 32), torch.nan)
+    for n, mode in ((5, "first-n"), (5, "uniform")):
+        pixels = preprocess_video(path, n, mode, size=32, fit=fit, out=buffer)
+        assert pixels is buffer
+        assert torch.equal(pixels, clip_preprocess(load_video(path, n, mode), 32, fit=fit))
+    short = write(tmp_path / "short.mp4", moving(3), "mpeg4")
+    assert torch.equal(preprocess_video(short, 8, size=16), clip_preprocess(load_video(short), 16))
+
+
+def test_buffers_that_do_not_fit_come_before_the_file(tmp_path):
+    for out in (
+        torch.zeros(8, 3, 32, 31),
+        torch.zeros(8, 3, 32, 32, dtype=torch.float64),
+        torch.zeros(8, 3, 32, 64)[..., ::2],
+    ):
+        with pytest.raises(ValueError, match=r"out must be contiguous float32 \[8, 3, 32, 32\]"):
+            preprocess_video(tmp_path / "absent.mp4", size=32, out=out)
+    with pytest.raises(ValueError, match="fit must be one of"):
+        resized_video(tmp_path / "absent.mp4", fit="pad")
+
+
+def reading_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("xspec-video")]
+
+
+@pytest.mark.parametrize("group", [5, 250])
+def test_reading_can_be_stopped(group, tmp_path):
+    path = write(tmp_path / "clip.mp4", moving(60), "mpeg4", group)
+    stop = threading.Event()
+    shaped = []
+
+    def shape(frame: np.ndarray) -> np.ndarray:
+        shaped.append(frame)
+        stop.set()
+        return frame
+
+    with pytest.raises(Stopped, match="was stopped"):
+        read_frames(path, lambda total: list(range(total)), shape, stop)
+    assert len(shaped) < 60 and not reading_threads()
+    with pytest.raises(Stopped):
+        load_video(path, stop=stop)
+
+
+@pytest.mark.parametrize("group", [5, 250])
+def test_an_error_on_another_thread_is_raised_once(group, tmp_path):
+    path = write(tmp_path / "clip.mp4", moving(60), "mpeg4", group)
+
+    def shape(frame: np.ndarray) -> np.ndarray:
+        raise MemoryError("no room for a frame")
+
+    with pytest.raises(MemoryError, match="no room"):
+        read_frames(path, frame_indices, shape)
+    assert not reading_threads()
 
 
 def test_bad_files_are_named(tmp_path):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import explain
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from torch import Tensor
 
 # Ancestor of what typer raises about arguments; it has no public name in every version.
 _UsageError = typer.BadParameter.__base__
@@ -94,31 +99,57 @@ def ask(
     rows: Annotated[int, typer.Option(help="Rows of a verify.")] = 16,
     gamma: Annotated[int, typer.Option(help="Draft tokens of the event model.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    overlap: Annotated[
+        str,
+        typer.Option(
+            help="The draft works while the video is prepared (window), beside the target's "
+            "prefill too (concurrent), or neither (off)."
+        ),
+    ] = "window",
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Answer a question about an event recording and its video with the embedded pair, as it
     decodes.
     """
     run_cli(
-        lambda: _ask(question, events, video, rows, gamma, max_new_tokens),
+        lambda: _ask(question, events, video, rows, gamma, max_new_tokens, overlap),
         debug,
         "lower --rows, --gamma or --max-new-tokens",
     )
 
 
 def _ask(
-    question: str, events: Path, video: Path | None, rows: int, gamma: int, max_new_tokens: int
+    question: str,
+    events: Path,
+    video: Path | None,
+    rows: int,
+    gamma: int,
+    max_new_tokens: int,
+    overlap: str,
 ) -> None:
     from .e2e import Options, set_threads
-    from .inputs import check_lengths, check_questions, read_recording
+    from .inputs import (
+        blank_video,
+        check_lengths,
+        check_questions,
+        read_events,
+        read_recording,
+        read_video,
+    )
+    from .overlap import Overlap, check_mode
     from .workloads import MiniPair
 
     options = Options("xspec ask", gamma, rows, max_new_tokens=max_new_tokens)
     settings = options.settings()
+    check_mode(overlap, "--overlap")
     check_questions([question])
     set_threads(options)
-    frames, image = read_recording(events, video)
+    if video is None:
+        frames, image = read_recording(events, None)
+    else:
+        frames, image = blank_video(video), read_events(events)
     pair = MiniPair(settings)
+    # The frames that are not here yet change neither the prompt's length nor the draft's request.
     task = pair.task("ask", question, frames, image)
     check_lengths(pair, [task])
     decoder = pair.decoder("tree")
@@ -131,15 +162,23 @@ def _ask(
         sys.stdout.write(text[before:].lstrip() if before == 0 else text[before:])
         sys.stdout.flush()
 
-    result = decoder.generate(task.inputs, task.request, on_tokens=stream)
+    def prepare(stop: Event) -> Mapping[str, Tensor]:
+        if video is None:
+            return task.inputs
+        return pair.task("ask", question, read_video(video, stop), image).inputs
+
+    work = Overlap(decoder, overlap)
+    result = work.generate(prepare, task.request, stream, len(frames))
     sys.stdout.write("\n")
-    seconds = result.total_ms / 1e3
-    Console(stderr=True).print(
-        f"{len(result.tokens)} tokens in {result.total_ms:.0f} ms "
-        f"({len(result.tokens) / seconds:.0f} tokens/s, first after {result.prefill_ms:.0f} ms), "
+    seconds = work.stages.total_ms / 1e3
+    console = Console(stderr=True)
+    console.print(
+        f"{len(result.tokens)} tokens in {1e3 * seconds:.0f} ms "
+        f"({len(result.tokens) / seconds:.0f} tokens/s), "
         f"{result.tokens_per_verify:.2f} tokens per verify",
         highlight=False,
     )
+    console.print(f"{work.stages}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(cls=Command)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
 
 from .arms import Task
-from .data.events import load_events, rasterize, split_by_count
+from .data.events import Events, load_events, rasterize, split_by_count
 from .data.images import resize
-from .data.video import load_video
+from .data.video import resized_video
 from .models.mini import FRAMES, IMAGE_SIZE, SPECIAL_TOKENS
 from .workloads import MiniPair
 
@@ -68,9 +69,33 @@ def read_recording(events: Path, video: Path | None) -> tuple[np.ndarray, np.nda
         raise ValueError(
             f"{events}: {len(stream)} events are too few for {FRAMES} frames; give a video too"
         )
-    image = rasterize(stream)
+    image = _event_image(stream)
     if video is not None:
-        frames = load_video(video, FRAMES)
-    else:
-        frames = np.stack([rasterize(part) for part in split_by_count(stream, FRAMES)])
-    return resize(frames, IMAGE_SIZE, "squash"), resize(image[None], IMAGE_SIZE, "squash")[0]
+        return read_video(video), image
+    frames = np.stack([rasterize(part) for part in split_by_count(stream, FRAMES)])
+    return resize(frames, IMAGE_SIZE, "squash"), image
+
+
+def read_events(events: Path) -> np.ndarray:
+    """The image of a recorded event stream, uint8 ``[64, 64, 3]``."""
+    return _event_image(load_events(events))
+
+
+def read_video(video: Path, stop: Event | None = None) -> np.ndarray:
+    """The target's frames of a video, uint8 ``[8, 64, 64, 3]``; ends early once `stop` is set."""
+    return resized_video(video, FRAMES, size=IMAGE_SIZE, fit="squash", stop=stop)
+
+
+def blank_video(video: Path) -> np.ndarray:
+    """Frames that stand for those of `video` until it is read, uint8 ``[8, 64, 64, 3]``.
+
+    Raises:
+        FileNotFoundError: no such video.
+    """
+    if not video.exists():
+        raise FileNotFoundError(f"video not found: {video}")
+    return np.zeros((FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+
+
+def _event_image(stream: Events) -> np.ndarray:
+    return resize(rasterize(stream)[None], IMAGE_SIZE, "squash")[0]

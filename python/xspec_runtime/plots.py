@@ -1,4 +1,6 @@
-"""Plots of an end-to-end run: speedups, accepted tokens per round, a timeline of one sample."""
+"""Plots of an end-to-end run: speedups, accepted tokens per round, a timeline of one sample; and of
+what a verify costs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from .files import replace_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 # Okabe and Ito's colors, told apart by color-blind readers.
 OURS, PLAIN, OTHERS = "#0072B2", "#333333", "#A6A6A6"
@@ -170,6 +173,41 @@ def draw_timeline(results: Mapping[str, Any], path: Path) -> bool:
     return _save(figure, path)
 
 
+def draw_verify(results: Mapping[str, Any], path: Path) -> bool:
+    """v(M)/v(1) by rows, one line a backend, dashed for trees; a panel a prompt length and mode.
+
+    Returns:
+        False, with nothing drawn, where no backend was timed at two numbers of rows.
+    """
+    from .verify_cost.report import groups
+
+    lines = {key: rows for key, rows in groups(results).items() if len(rows) > 1}
+    if not lines:
+        return False
+    prompts = sorted({prompt for prompt, *_ in lines})
+    modes = sorted({mode for _, _, mode, _ in lines})
+    names = list(dict.fromkeys(backend for _, backend, _, _ in lines))
+    colors = dict(zip(names, (OURS, PLAIN, "#D55E00", "#009E73", *SPARE), strict=False))
+    figure, grid = _figure(3.4 * len(prompts) + 0.6, 2.6 * len(modes) + 0.8, len(modes),
+                           len(prompts))  # fmt: skip
+    for (prompt, backend, mode, shape), rows in lines.items():
+        axes = grid[modes.index(mode)][prompts.index(prompt)]
+        counts = sorted(rows)
+        style = {"linestyle": "--" if shape == "tree" else "-", "marker": ".", "linewidth": 1.4}
+        axes.plot(counts, [rows[m]["ratio"] for m in counts], color=colors[backend], **style)
+        axes.set_title(f"{prompt:,} tokens, {mode}", fontsize=9)
+        axes.set_xticks([m for m in (1, 16, 32, 48, 64) if m == 1 or m <= max(counts)])
+    for axes in grid.flat:
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    figure.supxlabel("rows of the verify, M (dashed: trees)", fontsize=10)
+    figure.supylabel("v(M) / v(1)", fontsize=10)
+    entries = [(name, {"color": colors[name]}) for name in names]
+    figure.legend(handles=_patches(entries), ncols=len(entries), fontsize=9, frameon=False,
+                  loc="outside upper left")  # fmt: skip
+    return _save(figure, path)
+
+
 def _phase_colors(names: list[str]) -> dict[str, str]:
     """A color for each phase in order of first appearance; ``target.prefill`` counts as prefill."""
     colors: dict[str, str] = {}
@@ -189,12 +227,16 @@ def _look(name: str) -> tuple[str, str]:
 
 def _legend(axes: Axes, entries: list[tuple[str, dict[str, Any]]]) -> None:
     """One line of colored patches above the axes."""
-    from matplotlib.patches import Patch
-
-    handles = [Patch(label=label, linewidth=0, **look) for label, look in entries]
+    handles = _patches(entries)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
     look = {"ncols": len(handles), "fontsize": 9, "columnspacing": 1.4, "frameon": False}
     axes.legend(handles=handles, **look, **place)
+
+
+def _patches(entries: list[tuple[str, dict[str, Any]]]) -> list[Patch]:
+    from matplotlib.patches import Patch
+
+    return [Patch(label=label, linewidth=0, **look) for label, look in entries]
 
 
 def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Figure, Any]:

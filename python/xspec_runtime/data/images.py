@@ -42,13 +42,41 @@ def clip_preprocess(
     Raises:
         ValueError: wrong dtype, shape, size, fit, mean or std.
     """
+    check_scale(mean, std)
+    return torch.from_numpy(normalize(resize(_as_frames(image), size, fit), mean, std))
+
+
+def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Bytes to model input: rescaled to 0..1, less `mean`, over `std`, channels first.
+
+    Args:
+        pixels: uint8 ``[..., H, W, 3]``.
+
+    Returns:
+        float32 ``[..., 3, H, W]``.
+    """
+    levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    shift, scale = np.float32(mean), np.float32(std)
+    # Each channel knows 256 values: what they become is looked up.
+    table = (levels - shift[:, None]) / scale[:, None]
+    out = np.empty((*pixels.shape[:-3], 3, *pixels.shape[-3:-1]), np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[..., channel], out=out[..., channel, :, :], mode="clip")
+    return out
+
+
+def check_scale(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise `ValueError` unless there is a mean and a positive deviation for each channel."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std need 3 values and std > 0, got mean={mean}, std={std}")
-    frames = resize(_as_frames(image), size, fit)
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-    shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
-    return pixels.mul_(1 / 255).sub_(shift).div_(scale)
+
+
+def check_fit(size: int, fit: str) -> None:
+    """Raise `ValueError` unless frames can be brought to `size` pixels by `fit`."""
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
 
 def resize(frames: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
@@ -64,13 +92,10 @@ def resize(frames: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
     Raises:
         ValueError: wrong dtype, shape, size or fit.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-    if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    check_fit(size, fit)
     if np.ndim(frames) != 4:
         raise ValueError(f"expected uint8 [T, H, W, 3], got shape {list(np.shape(frames))}")
-    return np.stack([_resize_one(frame, size, fit) for frame in _as_frames(frames)])
+    return np.stack([resize_frame(frame, size, fit) for frame in _as_frames(frames)])
 
 
 def _as_frames(image: np.ndarray) -> np.ndarray:
@@ -87,8 +112,8 @@ def _as_frames(image: np.ndarray) -> np.ndarray:
     return array if array.ndim == 4 else array[None]
 
 
-def _resize_one(frame: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """Resize one uint8 [H, W, 3] frame to [size, size, 3]."""
+def resize_frame(frame: np.ndarray, size: int, fit: str) -> np.ndarray:
+    """`resize` of one frame: uint8 ``[H, W, 3]`` to ``[size, size, 3]``."""
     from PIL import Image
 
     height, width = frame.shape[:2]

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event
 
 import numpy as np
 import torch
 
-from .images import CLIP_MEAN, CLIP_STD, clip_preprocess
-
-if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.container import InputContainer
+from .images import CLIP_MEAN, CLIP_STD, check_fit, check_scale, normalize, resize_frame
+from .video_file import Shape, read_frames
 
 MODES = ("uniform", "first-n")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_CONTAINERS = (
-    *("mov", "mp4", "matroska", "webm", "avi", "mpeg", "mpegts", "mpegvideo", "flv", "ogg", "asf"),
-    *("h264", "hevc", "ivf", "m4v", "mjpeg", "gif", "apng", "yuv4mpegpipe"),
-)
 
 
 def frame_indices(total: int, n: int = 8, mode: str = "uniform") -> list[int]:
@@ -48,14 +40,17 @@ def frame_indices(total: int, n: int = 8, mode: str = "uniform") -> list[int]:
     return np.linspace(0, total - 1, n).round().astype(int).tolist()
 
 
-def load_video(path: str | Path, n: int = 8, mode: str = "uniform") -> np.ndarray:
-    """Read ``n`` frames of a clip.
+def load_video(
+    path: str | Path, n: int = 8, mode: str = "uniform", stop: Event | None = None
+) -> np.ndarray:
+    """Read `n` frames of a clip.
 
     Args:
         path: a video file, a directory of equally sized images (sorted by name), or a ``.npy`` of
             uint8 ``[F, H, W, 3]``.
         n: frames to return.
         mode: ``"uniform"`` or ``"first-n"``, see `frame_indices`.
+        stop: once set, reading a video file ends with `video_file.Stopped`.
 
     Returns:
         uint8 ``[n, H, W, 3]`` RGB.
@@ -63,17 +58,26 @@ def load_video(path: str | Path, n: int = 8, mode: str = "uniform") -> np.ndarra
     Raises:
         FileNotFoundError: no such file or directory.
         ValueError: not a video, no frames, or a bad argument.
-        RuntimeError: a video file is given and PyAV is not installed.
+        RuntimeError: a video file is given and PyAV is not installed, or `stop` was set.
     """
-    path = Path(path)
-    frame_indices(1, n, mode)
-    if not path.exists():
-        raise FileNotFoundError(f"video not found: {path}")
-    if path.is_dir():
-        return _from_directory(path, n, mode)
-    if path.suffix == ".npy":
-        return _from_array(path, n, mode)
-    return _from_video(path, n, mode)
+    return np.stack(_frames(path, n, mode, lambda frame: frame, stop))
+
+
+def resized_video(
+    path: str | Path,
+    n: int = 8,
+    mode: str = "uniform",
+    size: int = 224,
+    fit: str = "crop",
+    stop: Event | None = None,
+) -> np.ndarray:
+    """`images.resize` of `load_video`; frames are resized while others are decoded.
+
+    Returns:
+        uint8 ``[n, size, size, 3]``.
+    """
+    check_fit(size, fit)
+    return np.stack(_frames(path, n, mode, lambda frame: resize_frame(frame, size, fit), stop))
 
 
 def preprocess_video(
@@ -84,13 +88,53 @@ def preprocess_video(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     fit: str = "crop",
+    out: torch.Tensor | None = None,
+    stop: Event | None = None,
 ) -> torch.Tensor:
-    """Read and preprocess a clip: `load_video`, then `clip_preprocess`.
+    """`clip_preprocess` of `load_video`; frames are prepared while others are decoded.
+
+    Args:
+        out: contiguous float32 ``[n, 3, size, size]`` on the CPU to write to, such as a pinned
+            buffer that is used again and again; its last contents must have been copied already.
 
     Returns:
-        float32 ``[n, 3, size, size]``.
+        float32 ``[n, 3, size, size]``; `out` if that is given.
     """
-    return clip_preprocess(load_video(path, n, mode), size, mean, std, fit)
+    check_fit(size, fit)
+    check_scale(mean, std)
+    shape = (n, 3, size, size)
+    if out is None:
+        out = torch.empty(shape)
+    elif (
+        out.shape != shape
+        or out.dtype != torch.float32
+        or out.device.type != "cpu"
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out must be contiguous float32 {list(shape)} on the CPU, got {out.dtype} "
+            f"{list(out.shape)} on {out.device}"
+        )
+    frames = _frames(
+        path, n, mode, lambda frame: normalize(resize_frame(frame, size, fit), mean, std), stop
+    )
+    np.stack(frames, out=out.numpy())
+    return out
+
+
+def _frames(
+    path: str | Path, n: int, mode: str, shape: Shape, stop: Event | None
+) -> list[np.ndarray]:
+    """`shape` of each of `n` frames, some the same object where a clip is short."""
+    path = Path(path)
+    frame_indices(1, n, mode)
+    if not path.exists():
+        raise FileNotFoundError(f"video not found: {path}")
+    if path.is_dir():
+        return [shape(frame) for frame in _from_directory(path, n, mode)]
+    if path.suffix == ".npy":
+        return [shape(frame) for frame in _from_array(path, n, mode)]
+    return read_frames(path, lambda total: frame_indices(total, n, mode), shape, stop)
 
 
 def _from_directory(path: Path, n: int, mode: str) -> np.ndarray:
@@ -126,94 +170,3 @@ def _from_array(path: Path, n: int, mode: str) -> np.ndarray:
     if shape[0] == 0:
         raise ValueError(f"{path}: the clip has no frames")
     return np.array(frames[frame_indices(shape[0], n, mode)])
-
-
-def _from_video(path: Path, n: int, mode: str) -> np.ndarray:
-    try:
-        import av
-    except ImportError as error:
-        raise RuntimeError("reading video files needs PyAV: pip install av") from error
-    try:
-        try:
-            wanted, found = _decode_by_time(path, n, mode)
-        except (av.error.FFmpegError, _UnindexedError):
-            wanted, found = _decode_by_count(path, n, mode)
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return np.stack([found[index] for index in wanted])
-
-
-class _UnindexedError(Exception):
-    """The packets' display times do not tell which frame is which."""
-
-
-def _open(path: Path) -> InputContainer:
-    import av
-
-    # Demuxers that read other files or addresses (playlists, concatenations) and those that render
-    # text are left out; an absolute path cannot be read as a protocol.
-    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_CONTAINERS)}
-    container = av.open(str(path.absolute()), options=options)
-    if not container.streams.video:
-        container.close()
-        raise ValueError("no video stream in this file")
-    container.streams.video[0].thread_type = "AUTO"
-    return container
-
-
-def _decode_by_time(path: Path, n: int, mode: str) -> tuple[list[int], dict[int, np.ndarray]]:
-    """Decode only the groups of pictures that hold a wanted frame.
-
-    A first pass reads packet headers (no decoding) for display times and key frames.
-    """
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        if not packets or any(p.pts is None for p in packets):
-            raise _UnindexedError
-        times = sorted(p.pts for p in packets)
-        keys = sorted(p.pts for p in packets if p.is_keyframe)
-        wanted = frame_indices(len(times), n, mode)
-        found: dict[int, np.ndarray] = {}
-        position: int | None = None
-        frames: Iterator[VideoFrame] = iter(())
-        for index in sorted(set(wanted)):
-            before = bisect_right(keys, times[index])
-            if before == 0:
-                raise _UnindexedError
-            if position is None or position < keys[before - 1]:
-                container.seek(keys[before - 1], stream=stream)
-                frames = container.decode(stream)
-            frame = next((f for f in frames if f.pts is not None and f.pts >= times[index]), None)
-            if frame is None or frame.pts != times[index]:
-                raise _UnindexedError
-            position = frame.pts
-            found[index] = frame.to_ndarray(format="rgb24")
-        return wanted, found
-
-
-def _decode_by_count(path: Path, n: int, mode: str) -> tuple[list[int], dict[int, np.ndarray]]:
-    """Decode the whole clip twice: to count what is decodable, then to keep the wanted frames."""
-    with _open(path) as container:
-        total = sum(1 for _ in _decodable(container))
-    wanted = frame_indices(total, n, mode)
-    found: dict[int, np.ndarray] = {}
-    with _open(path) as container:
-        for index, frame in enumerate(_decodable(container)):
-            if index in wanted:
-                found[index] = frame.to_ndarray(format="rgb24")
-            if index == wanted[-1]:
-                break
-    return wanted, found
-
-
-def _decodable(container: InputContainer) -> Iterator[VideoFrame]:
-    """Frames up to the first damaged packet."""
-    import av
-
-    try:
-        yield from container.decode(video=0)
-    except av.error.FFmpegError:
-        return

@@ -11,5 +11,7 @@ from __future__ import annotations
 # Phase -> module, in the order they run.
 PHASES = {
     "check": "xspec_runtime.gpu.check",
+    "verify": "xspec_runtime.gpu.verify",
+    "kernels": "xspec_runtime.gpu.kernels",
     "baseline": "xspec_runtime.gpu.baseline",
 }

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from .bundle import carried
+from .cases import relative_error
 from .clock import Timing, captured, interleaved, once, summarize
 from .decoder import Decoder, Shape
 from .nf4 import Nf4, check_nf4
@@ -64,7 +65,7 @@ def scale(context: Context) -> Scale:
 def machine(context: Context) -> Iterator[dict]:
     """Device-to-device copy in GB/s (bytes read plus written) and the cost of a kernel launch."""
     sizes, device = scale(context), context.options.device
-    timing = _copy(sizes.copy_bytes, device)
+    timing = copy_timing(sizes.copy_bytes, device)
     gbps = 2 * sizes.copy_bytes / timing.ms / 1e6
     yield {"copy_gbps": gbps, "copy_spread": timing.spread, "copy_bytes": sizes.copy_bytes}
 
@@ -81,8 +82,13 @@ def machine(context: Context) -> Iterator[dict]:
     }
 
 
-def _copy(nbytes: int, device: str) -> Timing:
-    """A copy of random numbers from one part of the memory to another."""
+def copy_timing(nbytes: int, device: str) -> Timing:
+    """A copy of random numbers from one part of the memory to another; it reads and writes as many
+    bytes as it is given.
+
+    Raises:
+        CheckFailed: the copy differs.
+    """
     source = torch.randn(nbytes // 2, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copy = partial(target.copy_, source)
@@ -138,14 +144,9 @@ def _agree(fused: Decoder, split: Decoder, rows: int) -> None:
     """Three ways to one result, before any of them is timed."""
     want = fused.forward(rows, fused.mask(rows, dense=True))[1]
     for name, decoder in (("fused", fused), ("split", split)):
-        error = _error(decoder.forward(rows, decoder.mask(rows, dense=False))[1], want)
+        error = relative_error(decoder.forward(rows, decoder.mask(rows, dense=False))[1], want)
         if not error < TOLERANCE:
             raise CheckFailed(f"{name} decoder: relative error {error:.3f} of {rows} rows")
-
-
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative error in the Euclidean norm; NaN is no error that is small."""
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def _verify_rows(
@@ -166,7 +167,7 @@ def _verify_rows(
         yield {"notes": [f"{backend} cannot be captured: {' '.join(str(error).split())[:300]}"]}
         return
     for rows, replay in graphs.items():
-        error = _error(replay()[1].clone(), eager[rows]()[1])
+        error = relative_error(replay()[1].clone(), eager[rows]()[1])
         if not error < TOLERANCE:
             raise CheckFailed(
                 f"{backend}: the graph of {rows} rows is off by {error:.3f} from eager"
@@ -180,7 +181,7 @@ def _roots(eager: dict[int, Callable]) -> dict[int, bool]:
     equal = {}
     for rows, work in eager.items():
         got = work()[1][0]
-        error = _error(got, one)
+        error = relative_error(got, one)
         if not error < TOLERANCE:
             raise CheckFailed(f"row 0 of {rows} rows is off by {error:.3f} from one row alone")
         equal[rows] = torch.equal(got, one)
@@ -201,8 +202,8 @@ def _timed(
     for count, timing in timings.items():
         floor = decoder.nbytes(count) / gbps / 1e6 if gbps else None
         row = dict(zip(("weights", "backend", "mode"), kind, strict=True))
-        row |= {"prompt_tokens": sizes.prompt_tokens, "rows": count, "ms": timing.ms}
-        row |= {"ratio": timing.ms / timings[1].ms, "floor_ms": floor}
+        row |= {"prompt_tokens": sizes.prompt_tokens, "rows": count, "shape": "chain"}
+        row |= {"ms": timing.ms, "ratio": timing.ms / timings[1].ms, "floor_ms": floor}
         row |= {"floor_ratio": timing.ms / floor if floor else None, "spread": timing.spread}
         row |= {"calls": timing.calls, "bytes": decoder.nbytes(count), "root_bits": roots[count]}
         rows.append(row)

@@ -23,8 +23,9 @@ class Case:
         op, name: what a mismatch is reported under.
         inputs: on the CPU.
         call: takes inputs, which it may change in place, and a backend; returns everything that
-            the op wrote, as integers.
+            the op wrote; what has to be equal bit for bit and may hold NaN, as integers.
         outputs: names of what `call` returns.
+        tolerance: relative error allowed in a row of a floating output; 0 asks for equal bits.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Case:
     inputs: Tensors
     call: Callable[[Tensors, str], list[torch.Tensor]]
     outputs: tuple[str, ...]
+    tolerance: float = 0.0
 
     def run(self, backend: str, device: str) -> list[torch.Tensor]:
         """`call` on fresh copies of the inputs."""
@@ -41,6 +43,11 @@ class Case:
 def copies(inputs: Tensors, device: str) -> Tensors:
     """Fresh copies on `device`, strides kept."""
     return [None if x is None else x.to(device, copy=True) for x in inputs]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """In the Euclidean norm; NaN is no error that is small."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def chain(nodes: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from statistics import median, quantiles
 from typing import NamedTuple, TypeVar
 
@@ -48,16 +48,25 @@ def interleaved(
 
     Args:
         repeats: rounds over all entries.
-        burst: timed calls a visit, after one untimed that absorbs the change of code and data.
+        burst: see `visit`.
     """
     samples: dict[Key, list[float]] = {key: [] for key in work}
-    keys = list(work)
-    for repeat in range(repeats):
-        shift = repeat % len(keys)
-        for key in keys[shift:] + keys[:shift]:
-            work[key]()
-            samples[key] += [once(work[key], device) for _ in range(burst)]
+    for key in rotated(list(work), repeats):
+        samples[key] += visit(work[key], device, burst)
     return {key: summarize(values) for key, values in samples.items()}
+
+
+def rotated(keys: Sequence[Key], rounds: int) -> Iterator[Key]:
+    """All `keys` in every round, each time from another one on."""
+    for number in range(rounds):
+        shift = number % len(keys)
+        yield from (*keys[shift:], *keys[:shift])
+
+
+def visit(work: Callable[[], object], device: str, burst: int = 3) -> list[float]:
+    """Milliseconds of `burst` calls, after one untimed that absorbs the change of code and data."""
+    work()
+    return [once(work, device) for _ in range(burst)]
 
 
 def summarize(samples: list[float]) -> Timing:

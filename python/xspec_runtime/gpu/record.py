@@ -17,7 +17,10 @@ from ..files import write_json, write_text
 from .parts import Event, Options, Part, merge
 
 SCHEMA = "xspec.gpu/1"
-ROW = ("weights", "prompt_tokens", "rows", "backend", "mode", "ms", "ratio", "floor_ratio")
+ROW = (
+    *("weights", "prompt_tokens", "rows", "shape", "backend", "mode", "ms", "ratio"),
+    "floor_ratio",
+)
 STATUSES = ("waiting", "running", "passed", "failed", "skipped")
 
 

@@ -24,6 +24,8 @@ from .worker import job, parse
 
 # Seconds past the budget that a part may still run before it is stopped.
 GRACE = 15.0
+# A part that takes so many times its estimate hangs.
+PATIENCE = 3.0
 
 
 def run_suite(options: Options, command: str, echo: Callable[[str], None]) -> int:
@@ -88,9 +90,10 @@ def _run_apart(parts: list[Part], context: Context, record: Record) -> None:
                 record.apply(budget_event(part, context.left()))
             return
         before, running, started = len(waiting), None, time.monotonic()
+        stop = context.deadline + GRACE
         with _worker(list(waiting.values()), context) as (process, lines):
             try:
-                while (line := lines.get(timeout=max(context.left() + GRACE, 0.01))) is not None:
+                while (line := lines.get(timeout=max(stop - time.monotonic(), 0.01))) is not None:
                     text, event = parse(line)
                     if text:
                         record.log(text)
@@ -101,12 +104,15 @@ def _run_apart(parts: list[Part], context: Context, record: Record) -> None:
                         merge(context.known.setdefault(event["part"], {}), event["data"])
                     elif event["event"] == "start":
                         running, started = event["part"], time.monotonic()
+                        limit = PATIENCE * waiting[running].seconds or math.inf
+                        stop = min(context.deadline + GRACE, started + limit)
                     else:
-                        running = None
+                        running, stop = None, context.deadline + GRACE
                         del waiting[event["part"]]
                 trouble = _ending(process)
             except queue.Empty:
-                trouble = "stopped: the budget was spent"
+                spent = context.left() < 0
+                trouble = f"stopped: {'the budget was spent' if spent else 'it hangs'}"
         if running or (waiting and (trouble or len(waiting) == before)):
             stopped = running or next(iter(waiting))
             del waiting[stopped]
@@ -171,11 +177,13 @@ def summary(results: dict) -> Iterator[str]:
     for phase, found in results["phases"].items():
         for name, part in found["parts"].items():
             yield f"{phase + '.' + name:32} {part['status']:8} {part['seconds']:6.1f} s"
-    kinds = {(row["weights"], row["backend"], row["mode"]): [] for row in results["verify"]}
+    kinds: dict[tuple[str, ...], list[dict]] = {}
     for row in results["verify"]:
-        kinds[row["weights"], row["backend"], row["mode"]].append(row)
+        kind = (row["weights"], row["backend"], row["mode"], row["shape"])
+        kinds.setdefault((*kind, f"{row['prompt_tokens']} tokens"), []).append(row)
     for kind, rows in kinds.items():
         first = rows[0]
-        floor = "" if first["floor_ratio"] is None else f", v(1)/floor {first['floor_ratio']:.2f}"
+        floor = "" if first["floor_ratio"] is None else f", / floor {first['floor_ratio']:.2f}"
         cells = " ".join(f"{row['rows']}:{row['ratio']:.2f}" for row in rows)
-        yield f"{' '.join(kind)}: v({first['rows']}) {first['ms']:.3f} ms{floor}; v(M)/v(1) {cells}"
+        one = f"v({first['rows']}) {first['ms']:.3f} ms{floor}"
+        yield f"{' '.join(kind)}: {one}; v(M)/v(1) {cells}"

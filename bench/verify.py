@@ -1,0 +1,79 @@
+"""v(M): the time of a target forward over M rows, against one row and against the bytes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import Progress
+
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.verify_cost.measure import run_verify
+from xspec_runtime.verify_cost.options import VerifyOptions
+from xspec_runtime.verify_cost.report import verify_table, write_verify
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+LESS_MEMORY = "take a smaller --config, shorter --prompt-tokens, fewer --backends or bfloat16"
+
+
+def run(options: VerifyOptions) -> None:
+    """Measure with a progress bar, write the files, print the table."""
+    options.plan()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading")
+        results = run_verify(
+            options,
+            lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    paths = write_verify(results, options.output_dir, options.json_file)
+    console, table = Console(), verify_table(results)
+    unbounded = console.options.update(max_width=1000)
+    table.width = Measurement.get(console, unbounded, table).maximum
+    console.print(table, soft_wrap=True)
+    for note in results["notes"]:
+        console.print(note, highlight=False)
+    console.print("written:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    if not results["complete"]:
+        raise KeyboardInterrupt(f"{len(results['verify'])} rows are measured and written")
+
+
+@app.command(cls=Command)
+def main(
+    config: Annotated[
+        str, typer.Option(help="llama-7b, llama-3-8b, smollm2, mini, or a model's folder.")
+    ] = "mini",
+    rows: Annotated[str, typer.Option(help="Rows M; 1 is always measured.")] = VerifyOptions.rows,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Committed tokens in the KV cache.")
+    ] = VerifyOptions.prompt_tokens,
+    shapes: Annotated[str, typer.Option(help="chain, tree.")] = VerifyOptions.shapes,
+    backends: Annotated[
+        str, typer.Option(help="auto, torch, triton, tight (ours), transformers, packed, linear.")
+    ] = "",
+    modes: Annotated[str, typer.Option(help="eager, graph (CUDA only).")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
+    repeats: Annotated[int, typer.Option(help="Visits to every pass, three calls each.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of weights, keys and trees.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one for mini, or torch's.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Folder for results.json and the plot.")] = Path(
+        "results/verify"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Copy of results.json.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Measure v(M) of random weights in a model's shape; writes results.json and a plot."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    values = {k: v for k, v in locals().items() if k not in ("debug", "json_file", "json")}
+    run_cli(lambda: run(VerifyOptions(json_file=json_file, **values)), debug, LESS_MEMORY)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,150 @@
+"""A draft that works before the target can: on its own text, continued by the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Event
+from time import perf_counter
+
+import torch
+
+from .drafters.base import Drafter, DraftTree, Request
+from .drafters.draft_model import ModelDrafter
+from .drafters.merge import MergedDrafter, merge
+from .engine import SpeculativeDecoder
+from .prefill import DraftedText
+
+
+class HeadStart:
+    """A draft model that may begin its request before the decoder asks it to.
+
+    The decoder's `begin` then finds the request begun: the draft's prompt is read once, and the KV
+    rows of its own text that the target agrees with are kept.
+
+    Attributes:
+        tokens: the draft's own text so far.
+        times: when each of them was there.
+        started, ended: when the draft began, and when it last did something.
+    """
+
+    def __init__(self, draft: ModelDrafter) -> None:
+        self.draft = draft
+        self.name = draft.name
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.started = self.ended = 0.0
+        self._request: Request | None = None
+        self._running: Future[None] | None = None
+        self._stop = Event()
+        device = draft.model.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(
+        self, request: Request, limit: int, ends: Sequence[int], done: Callable[[], bool]
+    ) -> None:
+        """Read the prompt, then add tokens until there are `limit`, one is in `ends`, or `done`."""
+        self._request, self.tokens, self.times = request, [], []
+        self.started = self.ended = perf_counter()
+        self.draft.begin(request)
+        self.ended = perf_counter()
+        while len(self.tokens) < limit and not done():
+            if self.tokens:
+                token = self.draft.propose(self.tokens, 2).tokens[1]
+            else:
+                token = self.draft.opening(1)[0]
+            self.ended = perf_counter()
+            self.tokens.append(token)
+            self.times.append(self.ended)
+            if token in ends:
+                return
+
+    def run_beside(
+        self, pool: ThreadPoolExecutor, request: Request, limit: int, ends: Sequence[int]
+    ) -> None:
+        """`run` on another thread, and on a GPU on another stream, until `join` or `abandon`."""
+        self._stop.clear()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.draft.model.device))
+
+        def work() -> None:
+            # Every step ends with a copy to the host: nothing is left on the stream at the end.
+            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+                self.run(request, limit, ends, self._stop.is_set)
+
+        self._running = pool.submit(work)
+
+    def join(self) -> None:
+        """Stop what runs beside; an error of it is raised here, once."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._stop.set()
+            running.result()
+
+    def abandon(self) -> None:
+        """The request is over, whatever became of it."""
+        self._stop.set()
+        self._running = self._request = None
+
+    def begin(self, request: Request) -> None:
+        """Begin, unless `run` has."""
+        self.join()
+        if self._request is not request:
+            self._request, self.tokens = request, []
+            self.draft.begin(request)
+
+    def opening(self, rows: int) -> list[int]:
+        """How the answer may begin: the text there is, or else what the draft says."""
+        return self.tokens[:rows] or self.draft.opening(rows)
+
+    def propose(self, context: Sequence[int], rows: int) -> DraftTree:
+        """The draft's proposal."""
+        return self.draft.propose(context, rows)
+
+    def end(self, answer: Sequence[int]) -> None:
+        """The request is over."""
+        self._request = None
+        self.draft.end(answer)
+
+
+class LateText:
+    """A drafter's proposals, with the text of a draft that ran until the target's first token."""
+
+    def __init__(self, drafter: Drafter, head: HeadStart) -> None:
+        self.name = drafter.name
+        self._drafter, self._head = drafter, head
+
+    def begin(self, request: Request) -> None:
+        self._head.join()
+        self._text = DraftedText(self._head.tokens)
+        self._drafter.begin(request)
+
+    def propose(self, context: Sequence[int], rows: int) -> DraftTree:
+        tree = self._drafter.propose(context, rows)
+        chain = self._text.chain(context, rows)
+        return merge([tree, chain], rows) if chain else tree
+
+    def end(self, answer: Sequence[int]) -> None:
+        self._drafter.end(answer)
+
+
+def head_start_of(decoder: SpeculativeDecoder) -> HeadStart:
+    """The head start of the decoder's draft model, put in its place.
+
+    Raises:
+        ValueError: the decoder's drafter is no draft model, nor merged with one.
+    """
+    drafter = decoder.drafter
+    if isinstance(drafter, ModelDrafter):
+        drafter = decoder.drafter = HeadStart(drafter)
+    if isinstance(drafter, HeadStart):
+        return drafter
+    parts = drafter.drafters if isinstance(drafter, MergedDrafter) else []
+    for i, part in enumerate(parts):
+        if isinstance(part, ModelDrafter):
+            parts[i] = HeadStart(part)
+        if isinstance(parts[i], HeadStart):
+            return parts[i]
+    name = drafter.name if drafter else "plain decoding"
+    raise ValueError(f"there is no draft model in {name!r} that could work in the window")

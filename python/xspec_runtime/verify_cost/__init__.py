@@ -1,0 +1,1 @@
+"""What a verify costs: v(M), and what it is measured against."""
