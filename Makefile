@@ -7,9 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export XSPEC_CUDA_ARCHS ?= 90-virtual
 
 NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
-SOURCES := $(shell find csrc tests/simt tests/nvtx -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/simt tests/nvtx tests/ngram -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup e2e test lint gpu-bundle clean
+# How many times as many random cases `make fuzz` runs as `make test`.
+FUZZ ?= 10
+
+.PHONY: setup e2e test fuzz lint gpu-bundle clean
 
 setup: $(VENV)/.xspec-built
 
@@ -33,6 +36,13 @@ e2e: setup
 test: setup
 	$(BIN)/python -m pytest; compiled=$$?; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest; interpreted=$$?; \
+	exit $$((compiled || interpreted))
+
+# Other cases in every run; a failure prints the case and what repeats it.
+fuzz: export XSPEC_FUZZ = $(FUZZ)
+fuzz: setup
+	$(BIN)/python -m pytest tests/test_fuzz_*.py; compiled=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fuzz_*.py; interpreted=$$?; \
 	exit $$((compiled || interpreted))
 
 lint: setup

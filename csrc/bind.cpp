@@ -12,6 +12,10 @@
 
 namespace py = pybind11;
 
+namespace xspec {
+void bind_ngram(py::module_& m);
+}
+
 namespace {
 
 using Address = std::uintptr_t;
@@ -148,4 +152,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("verify_greedy_int64", &verify_greedy<int64_t>);
   m.def("kv_commit_cpu", &kv_commit_cpu);
   m.def("kv_commit_cuda", &kv_commit_cuda);
+  xspec::bind_ngram(m);
 }

@@ -1,24 +1,19 @@
-"""A memory of the target's past answers, and the probabilities it gives to the next token.
-
-All orders are interpolated, the longest first. An order with total weight T and U different
-continuations takes the part ``share * T / (T + discount * U)`` of what the longer ones left; with
-both parameters 1 this is Witten and Bell (1991). A share well below 1 averages over orders instead
-of trusting the longest match, which makes the probabilities of long paths truer.
-"""
+"""A memory of the target's past answers: counted natively, or in Python with the same results."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
+from . import growth
+from .counts import NgramCounts
 from .memory_file import MAX_TOKEN, MemorySettings, read_memory, write_memory
-from .trie import OFFSET_BITS, Matches, SuffixTrie
+from .request_text import COPY_PRIOR, COPY_SECOND, COPY_TRUST
 
-LOW_ORDERS = 3  # orders 0..2 know little but are all there is when nothing longer matches
+BACKENDS = ("auto", "python", "native")
 
 
 class MemoryStatistics(NamedTuple):
@@ -33,12 +28,20 @@ class MemoryStatistics(NamedTuple):
 class NgramMemory:
     """N-gram counts of past answers, the oldest forgotten first; see `MemorySettings`.
 
+    Threads may share it: a call that learns waits for those that read, and they for it. Native
+    ones read at the same time, without Python's lock.
+
+    Args:
+        backend: "native" (C++), "python" (the reference: equal trees, probabilities of the same
+            bits), or "auto", native where it is built.
+
     Attributes:
         settings: what it was made with.
-        version: changes whenever what it knows does; `Matches` of another version are void.
+        backend: "native" or "python".
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or the backend's name is unknown.
+        RuntimeError: the native module was asked for and is missing.
     """
 
     def __init__(
@@ -49,27 +52,34 @@ class NgramMemory:
         share: float = MemorySettings.share,
         low_share: float = MemorySettings.low_share,
         discount: float = MemorySettings.discount,
+        backend: str = "auto",
     ) -> None:
         self.settings = MemorySettings(order, max_tokens, recency, share, low_share, discount)
-        self.version = 0
-        self._shares = (share, low_share, discount)
-        self._trie = SuffixTrie(order)
-        self._lengths: Counter[int] = Counter()
-        self._oldest = self._next = 0
-        self._tokens = 0
+        self.backend = _chosen(backend)
+        if self.backend == "native":
+            from xspec_kernels import ngram as native
+
+            self._counts = native.counts(*astuple(self.settings))
+        else:
+            self._counts = NgramCounts(self.settings)
 
     def __len__(self) -> int:
         """Answers stored."""
-        return self._next - self._oldest
+        return self.statistics().answers
+
+    @property
+    def version(self) -> int:
+        """Changes whenever what the memory knows does."""
+        return self._counts.version()
 
     @property
     def answers(self) -> list[list[int]]:
         """Copies of the stored answers, oldest first."""
-        return [list(answer) for answer in self._trie.answers.values()]
+        return self._counts.answers()
 
     def statistics(self) -> MemoryStatistics:
-        """How much is stored; walks the whole trie."""
-        return MemoryStatistics(len(self), self._tokens, self._oldest, self._trie.nodes())
+        """How much is stored; in Python this walks the whole trie."""
+        return MemoryStatistics(*self._counts.statistics())
 
     def add(self, tokens: Sequence[int]) -> None:
         """Learn one answer; an empty one is ignored, one longer than `max_tokens` is cut.
@@ -83,96 +93,60 @@ class NgramMemory:
     def extend(self, answers: Iterable[Sequence[int]]) -> None:
         """Learn answers, oldest first; the same as `add` of each, but faster. Raises like `add`."""
         fresh = [answer for answer in map(self._checked, answers) if answer]
-        if not fresh:
-            return
-        first = self._next
-        self._next += len(fresh)
-        self.version += 1
-        for age in self.settings.turning_ages():
-            for known in range(max(self._oldest, first - age), min(first, self._next - age)):
-                self._trie.reweigh(known, self._weight(known))
-        for number, answer in enumerate(fresh, first):
-            self._trie.insert(number, answer, self._weight(number))
-            self._tokens += len(answer)
-            self._lengths[len(answer)] += 1
-            while self._tokens > self.settings.max_tokens:
-                self._forget()
+        if fresh:
+            self._counts.extend(fresh)
 
     def predict(self, context: Sequence[int]) -> list[tuple[int, float]]:
         """Likely next tokens of an answer that begins with `context`, the likeliest first.
 
         The probabilities sum to less than 1: the rest is what was never seen.
         """
-        found = self.distribution(self.match(context))
-        return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        return self._counts.predict(context)
 
-    def match(self, context: Sequence[int]) -> Matches:
-        """Matches of an answer so far; an empty one is the start of an answer."""
-        return self._trie.match(context)
+    def counts(self, context: Sequence[int]) -> list[dict[int, int]]:
+        """Next token -> weight of every order that matches an answer so far, order 0 first."""
+        return [dict(order) for order in self._counts.counts(context)]
 
-    def advance(self, matches: Matches, token: int) -> Matches:
-        """Matches of the context followed by `token`."""
-        return self._trie.advance(matches, token)
-
-    def distribution(self, matches: Matches, left: float = 1.0) -> dict[int, float]:
-        """Token -> probability out of `left`, from the heaviest continuations of every order."""
-        position, singles, nodes = matches
-        high, low, discount = self._shares
-        order = singles + len(nodes) - 1
-        found: dict[int, float] = {}
-        if position >= 0:
-            weight = self._trie.weights[position >> OFFSET_BITS]
-            trust = weight / (weight + discount)
-            chance = 0.0
-            # Step by step, so that a node that fell back to one occurrence gives the same bits.
-            for single in range(order, order - singles, -1):
-                part = left * trust * (high if single >= LOW_ORDERS else low)
-                left -= part
-                part /= weight
-                chance += part * weight
-            found[self._trie.after(position)] = chance
-            order -= singles
-        for node in nodes:
-            total = node.total
-            if total:
-                trust = total / (total + discount * len(node.next))
-                part = left * trust * (high if order >= LOW_ORDERS else low)
-                left -= part
-                part /= total
-                for weight, token in node.top or self._trie.rank(node):
-                    found[token] = found.get(token, 0.0) - part * weight
-            order -= 1
-        return found
+    def opening(self, rows: int, enough: float) -> list[int]:
+        """At most `rows` tokens that answers begin with, while the next one has at least the
+        probability `enough`.
+        """
+        return self._counts.opening(rows, enough)
 
     def usual_end(self) -> int | None:
         """Length at which answers are cut: the longest one, if several and a tenth of all share it.
 
         None if the longest answer looks as if it had ended by itself.
         """
-        if not self._lengths:
-            return None
-        longest = max(self._lengths)
-        return longest if self._lengths[longest] >= max(4, len(self) / 10) else None
+        return self._counts.usual_end() or None
+
+    def request(self, chain: bool, copy: bool) -> growth.NgramRequest:
+        """A request's text and trees on this memory; a native one has the same methods."""
+        if self.backend == "python":
+            return growth.NgramRequest(self._counts, chain, copy)
+        from xspec_kernels import ngram as native
+
+        copying = COPY_TRUST, COPY_PRIOR, COPY_SECOND, growth.COPY_FIRST
+        limits = growth.SIBLINGS, growth.NEGLIGIBLE
+        return native.request(self._counts, chain, copy, *copying, *limits)
 
     def save(self, path: str | Path) -> None:
         """Write answers and settings to one safetensors file, in one step."""
-        write_memory(Path(path), self.settings, self._trie.answers.values())
+        write_memory(Path(path), self.settings, self.answers)
 
     @classmethod
-    def load(cls, path: str | Path) -> NgramMemory:
-        """Read what `save` wrote.
+    def load(cls, path: str | Path, backend: str = "auto") -> NgramMemory:
+        """Read what `save` wrote, with either backend.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not a memory of this version, or its parts contradict each other.
+            RuntimeError: the native module was asked for and is missing.
         """
         settings, answers = read_memory(Path(path))
-        memory = cls(**asdict(settings))
+        memory = cls(**asdict(settings), backend=backend)
         memory.extend(answers)
         return memory
-
-    def _weight(self, number: int) -> int:
-        return self.settings.weight(self._next - 1 - number)
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         answer = [index(token) for token in tokens[: self.settings.max_tokens]]
@@ -182,12 +156,16 @@ class NgramMemory:
             )
         return answer
 
-    def _forget(self) -> None:
-        """Take the oldest answer out."""
-        length = len(self._trie.answers[self._oldest])
-        self._trie.reweigh(self._oldest, 0)
-        self._oldest += 1
-        self._tokens -= length
-        self._lengths[length] -= 1
-        if not self._lengths[length]:
-            del self._lengths[length]
+
+def _chosen(backend: str) -> str:
+    """The backend that "auto" stands for, or the named one once it is known to be there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "python":
+        return backend
+    from xspec_kernels import ngram as native
+
+    reason = native.unusable()
+    if reason and backend == "native":
+        raise RuntimeError(f"NgramMemory: {reason}")
+    return "python" if reason else "native"

@@ -150,13 +150,17 @@ class SuffixTrie:
         offset = (position & OFFSET_MASK) + 1
         return answer[offset] if offset < len(answer) else None
 
-    def rank(self, node: Node) -> list[tuple[int, int]]:
-        """The heaviest continuations of a context as (-weight, token), kept until they change."""
+    def continuations(self, node: Node) -> list[tuple[int, int]]:
+        """Tokens that follow a context and their weights."""
         weights = self.weights
-        ranked = [
-            (-(weights[child >> OFFSET_BITS] if type(child) is int else child.count), token)
+        return [
+            (token, weights[child >> OFFSET_BITS] if type(child) is int else child.count)
             for token, child in node.next.items()
         ]
+
+    def rank(self, node: Node) -> list[tuple[int, int]]:
+        """The heaviest continuations of a context as (-weight, token), kept until they change."""
+        ranked = [(-weight, token) for token, weight in self.continuations(node)]
         if len(ranked) > MAX_CHILDREN:
             floor = sorted(weight for weight, _ in ranked)[MAX_CHILDREN - 1]
             ranked = [pair for pair in ranked if pair[0] <= floor]
