@@ -25,6 +25,7 @@ from ..kv_cache import KVCache
 from ..prefill import placeholder_ids, usable
 from .greedy import Verdict, check_ids, walk
 from .llama_decoder import LlamaDecoder, Scored
+from .llama_graphs import LlamaGraphs, wants_graphs
 from .llama_inputs import embed_prompt
 from .llama_rounds import RoundBuffers
 from .llama_weights import LlamaWeights
@@ -49,10 +50,15 @@ class LlamaTarget:
         cache: use this one, for instance `KVCache.over` a `StaticCache`, and its capacity.
         max_depth: 32 or 64; nodes of a tree lie above this depth. A row's bits depend on it.
         share_weights: see `LlamaWeights.of`.
+        graphs: a round is one launch, decision and commit included, and so is a prefill: on a GPU
+            the replay of a CUDA graph, elsewhere a plain call over the same memory. "auto" does so
+            on a GPU. Requests with logits processors, and prefills into another cache than this
+            target's, are launched op by op.
 
     Raises:
         ValueError: the model is not of the family or uses a feature that is not supported (the
-            message names it), or the backend is unknown.
+            message names it), the backend is unknown, or graphs are wanted of ops that wait for the
+            device.
         RuntimeError: the backend cannot run on the model's device.
     """
 
@@ -65,6 +71,7 @@ class LlamaTarget:
         *,
         max_depth: int = 32,
         share_weights: bool = False,
+        graphs: bool | str = "auto",
     ) -> None:
         given = isinstance(model, LlamaWeights)
         self.device = model.embed.device if given else model.device
@@ -72,7 +79,8 @@ class LlamaTarget:
         self._rounds = RoundBuffers(self.device, backend, max_depth)
         weights = model if given else LlamaWeights.of(model, share_weights)
         self.dtype = weights.embed.dtype
-        _check_head_dim(weights.shape.head_dim, backend, self.device.type)
+        chosen = _attention_of(backend, self.device.type)
+        _check_head_dim(weights.shape.head_dim, chosen)
         self.model = None if given else model
         self.backend = backend
         self.vocab_size, self.num_layers = weights.shape.vocab, weights.shape.layers
@@ -80,6 +88,9 @@ class LlamaTarget:
         # A batch has spare rows behind its capacity.
         self.decoder = LlamaDecoder(weights, self.cache.capacity + MAX_ROWS, backend)
         self.max_depth = max_depth
+        self.graphs: LlamaGraphs | None = None
+        if wants_graphs(graphs, chosen, self.device.type):
+            self.graphs = LlamaGraphs(self.decoder, self._rounds)
         self._placeholders = placeholder_ids(model.config)
 
     @classmethod
@@ -92,13 +103,14 @@ class LlamaTarget:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         max_depth: int = 32,
+        graphs: bool | str = "auto",
     ) -> LlamaTarget:
         """A target for text prompts from `config.json` and safetensors files, without building the
         model. Raises as `LlamaWeights.load` does.
         """
         require_backend(backend, torch.device(device).type)
         weights = LlamaWeights.load(directory, device, dtype)
-        return cls(weights, capacity, backend, max_depth=max_depth)
+        return cls(weights, capacity, backend, max_depth=max_depth, graphs=graphs)
 
     def batched(self, batch: int) -> LlamaBatchTarget:
         """Several requests at once over this target's weights."""
@@ -133,21 +145,28 @@ class LlamaTarget:
         table = self.decoder.weights.embed
         prompt = embed_prompt(inputs, table, self.model, self.backend)
         rows = length + len(drafted)
-        x = table.new_zeros(
-            min(-(-rows // PREFILL_ROWS) * PREFILL_ROWS, cache.capacity), len(table[0])
-        )
+        padded = min(-(-rows // PREFILL_ROWS) * PREFILL_ROWS, cache.capacity)
+        graphs = self.graphs if cache is self.cache and not logits_processor else None
+        width = table.shape[1]
+        x = graphs.prompt(cache.capacity)[:padded] if graphs else table.new_empty(padded, width)
         x[:length] = prompt
         if drafted:
             tail = torch.tensor(drafted, device=self.device)
             x[length:rows] = embed(tail, table, backend=self.backend)
+        x[rows:] = 0
 
         self._prompt, self._processor = ids, logits_processor
         self._caches = self._storage(cache)
-        hidden = self.decoder.norm(self.decoder.prefill(x, self._caches)[length - 1 : rows])
-        tree = DraftTree.chain(-1, drafted)
         # The prompt's last row is the root: it lies in the cache already.
-        self._round = self._rounds.place([tree], [length - 1])
-        verdict = self.accept(tree, self._score(hidden), [])
+        tree = DraftTree.chain(-1, drafted)
+        if graphs:
+            self._round = None
+            scored = graphs.prefill(padded, length, tree, self._caches)
+        else:
+            self._round = self._rounds.place([tree], [length - 1])
+            hidden = self.decoder.prefill(x, self._caches)[length - 1 : rows]
+            scored = self._score(self.decoder.norm(hidden))
+        verdict = self.accept(tree, scored, [])
         cache.advance(length + verdict.accepted)
         verdict.drafted = len(drafted)
         return verdict
@@ -156,13 +175,18 @@ class LlamaTarget:
     def forward(self, tree: DraftTree, height: int = 0) -> Scored:
         """What follows every node, in one pass; the rows' K/V lie behind the committed ones.
 
-        Where `height` is above the tree's rows, the pass has `height` rows.
+        Where `height` is above the tree's rows, the pass has `height` rows. With graphs, more: the
+        rows behind the tree's own are unspecified, the K/V of the accepted path is in place
+        already, and the next launch overwrites the result.
 
         Raises:
             ValueError: the tree is deeper than `max_depth` - 1.
             RuntimeError: it does not fit the cache.
         """
         self.cache.check_room(len(tree))
+        if self.graphs and not self._processor:
+            self._round = None
+            return self.graphs.verify([tree], [self.cache.length], height, self._caches)
         self._round = self._rounds.place([tree], [self.cache.length], height)
         return self._score(self.decoder.step(self._round, self._caches))
 
@@ -178,6 +202,8 @@ class LlamaTarget:
             answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
             logits = self.decoder.logits(scored.hidden)
             return walk(tree, logits, torch.cat([self._prompt, answer], 1), self._processor)
+        if self._round is None:
+            return self._rounds.read(1)[0]
         return self._rounds.decide(self._round, scored.ids, scored.flags, self._caches)[0]
 
     @torch.inference_mode()
@@ -202,12 +228,15 @@ class LlamaTarget:
         return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _check_head_dim(head_dim: int, backend: str, device_type: str) -> None:
-    """Raise `ValueError` where the attention that will run has no kernel of this size."""
+def _attention_of(backend: str, device_type: str) -> str:
+    """The implementation of attention that will run."""
     known = info()
     chosen = known["backend"] if backend == "auto" else backend
-    if chosen == "auto":
-        chosen = known["auto"]["tree_attention"][device_type]
+    return known["auto"]["tree_attention"][device_type] if chosen == "auto" else chosen
+
+
+def _check_head_dim(head_dim: int, chosen: str) -> None:
+    """Raise `ValueError` where the attention that will run has no kernel of this size."""
     if chosen == "triton" and head_dim not in HEAD_DIMS:
         raise ValueError(
             f"LlamaTarget: heads of {head_dim}, expected one of {HEAD_DIMS}; "

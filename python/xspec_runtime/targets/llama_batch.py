@@ -11,6 +11,7 @@ from .batch import BatchTarget
 from .greedy import TreeRows, Verdict
 from .llama import LlamaTarget
 from .llama_decoder import Scored
+from .llama_graphs import LlamaGraphs
 from .llama_rounds import RoundBuffers
 
 
@@ -24,6 +25,7 @@ class LlamaBatchTarget(BatchTarget):
     def __init__(self, target: LlamaTarget, batch: int = 8) -> None:
         super().__init__(target, batch)
         self._rounds = RoundBuffers(target.device, target.backend, target.max_depth, batch)
+        self._graphs = LlamaGraphs(target.decoder, self._rounds) if target.graphs else None
 
     @torch.inference_mode()
     def forward(self, trees: Sequence[DraftTree], height: int = 0) -> Scored:
@@ -34,8 +36,13 @@ class LlamaBatchTarget(BatchTarget):
         slots = self.cache.slots[used]
         for slot, tree in zip(slots, trees, strict=True):
             slot.check_room(len(tree))
+        lengths = [slot.length for slot in slots]
+        if self._graphs and not self._walks:
+            self._round = None
+            whole = [(layer.keys, layer.values) for layer in self.cache.layers]
+            return self._graphs.verify(trees, lengths, height, whole)
         self._caches = [(layer.keys[used], layer.values[used]) for layer in self.cache.layers]
-        self._round = self._rounds.place(trees, [slot.length for slot in slots], height)
+        self._round = self._rounds.place(trees, lengths, height)
         decoder = self.target.decoder
         hidden = decoder.step(self._round, self._caches)
         if self._walks:
@@ -50,6 +57,8 @@ class LlamaBatchTarget(BatchTarget):
         `BatchTarget.accept`.
         """
         at = self._round
+        if at is None:
+            return self._rounds.read(len(trees))
         if not self._walks:
             return self._rounds.decide(at, scored.ids, scored.flags, self._caches)
         self.cache.place(at.tokens.shape[1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from xspec_kernels import (
 from ..drafters.base import MAX_ROWS, DraftTree
 from .greedy import Verdict
 
+T = TypeVar("T")
 # Looks at the record between two looks at the stream.
 _POLLS = 1 << 14
 
@@ -50,51 +51,87 @@ class Round(NamedTuple):
 class RoundBuffers:
     """Memory of rounds, at addresses that stay.
 
+    A round is `write`, by the host; `load`, a forward pass and `tail`, on the device and without a
+    wait, so that they can be captured; and `read`, which waits. `place` and `decide` are the same
+    in two steps.
+
     Args:
         max_depth: 32 or 64, columns of `path_slot`.
         batch: trees a round at most.
+        owner: whose rounds they are, for messages.
 
     Raises:
         ValueError: `max_depth` is neither 32 nor 64.
     """
 
-    def __init__(self, device: torch.device, backend: str, max_depth: int, batch: int = 1) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        backend: str,
+        max_depth: int,
+        batch: int = 1,
+        owner: str = "target",
+    ) -> None:
         if max_depth not in (32, 64):
             raise ValueError(f"max_depth must be 32 or 64, got {max_depth}")
         self.backend, self.max_depth, self.device = backend, max_depth, device
+        self.owner = owner
         pinned = device.type == "cuda"
         # Tokens are two words each; every field starts at a multiple of 16 bytes.
         nodes, requests = batch * MAX_ROWS, -(-batch // 4) * 4
-        sizes = (2 * nodes, nodes, requests, requests)
+        sizes = (2 * nodes, nodes, requests, requests, requests)
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=pinned)
         self._words = self._host.to(device)
-        self._host_fields, self._fields = _fields(self._host, sizes), _fields(self._words, sizes)
+        self._fields = _fields(self._words, sizes)
+        # A numpy array takes a list in a fraction of the time that a tensor does.
+        self._host_fields = [field.numpy() for field in _fields(self._host, sizes)]
+        self.batch, self.limits = batch, self._fields[-1]
         self._root = torch.zeros(batch, dtype=torch.int64, device=device)
         self._sequence = torch.zeros_like(self._root)
         self._record = torch.zeros(batch, TOKENS + MAX_ROWS, dtype=torch.int64, pin_memory=pinned)
+        self._unread: list[int] | None = None
 
-    def place(self, trees: Sequence[DraftTree], lengths: Sequence[int], height: int = 0) -> Round:
-        """`trees` behind `lengths` committed rows, each filled up to the tallest or to `height`.
+    def write(
+        self,
+        trees: Sequence[DraftTree],
+        lengths: Sequence[int],
+        rows: int,
+        batch: int = 0,
+        limits: Sequence[int] = (),
+    ) -> None:
+        """Put `trees` behind `lengths` committed rows into the host's half.
+
+        Args:
+            rows: of each tree, its own and then inert ones.
+            batch: requests, those behind the trees are idle.
+            limits: numbers for the device's `limits`; what they mean is up to the reader.
 
         Raises:
             ValueError: a tree is too deep.
         """
-        rows, batch = max(height, *map(len, trees)), len(trees)
+        for tree in trees:
+            self._check_depth(tree)
+        # A launch whose decision nobody has read may still be reading these numbers.
+        self._settle()
+        idle = max(batch - len(trees), 0)
         tokens: list[int] = []
         parents: list[int] = []
         for tree in trees:
-            self._check_depth(tree)
             fill = [0] * (rows - len(tree))
             tokens += tree.tokens + fill
             parents += tree.parent_idx + fill
-        # The device has read the last round's numbers: its decision was waited for.
-        values = (tokens, parents, list(map(len, trees)), list(lengths))
+        none, nobody = [0] * (idle * rows), [0] * idle
+        sizes = [*map(len, trees), *nobody]
+        values = (tokens + none, parents + none, sizes, [*lengths, *nobody], limits)
         for field, value in zip(self._host_fields, values, strict=True):
-            field[: len(value)] = torch.tensor(value)
+            field[: len(value)] = value
+
+    def load(self, batch: int, rows: int) -> Round:
+        """Bring what `write` left to the device; only launches."""
         self._words.copy_(self._host, non_blocking=True)
         sizes = (batch * rows, batch * rows, batch, batch)
         tokens, parents, num_rows, lengths = (
-            field[:size] for field, size in zip(self._fields, sizes, strict=True)
+            field[:size] for field, size in zip(self._fields, sizes, strict=False)
         )
         parents = parents.view(batch, rows)
         mask = tree_mask(parents, num_rows, max_depth=self.max_depth, backend=self.backend)
@@ -103,6 +140,58 @@ class RoundBuffers:
             mask.ancestor_bits, mask.depth, mask.path_slot,
         )  # fmt: skip
 
+    def tail(
+        self,
+        at: Round,
+        ids: torch.Tensor,
+        flags: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Accept the longest paths, publish them and move their rows into place; only launches.
+
+        Args:
+            ids, flags: ``[B, N]`` from `lm_head_argmax`.
+            caches: K and V of every layer.
+        """
+        batch = len(at.tokens)
+        verify_tail(
+            ids, flags, at.tokens, at.parents, at.bits, [t for pair in caches for t in pair],
+            at.cache_seqlens, self._root[:batch], self._sequence[:batch], self._record[:batch],
+            at.num_rows, backend=self.backend,
+        )  # fmt: skip
+
+    def launch(self, batch: int, run: Callable[[], T]) -> T:
+        """Call `run`, which ends in a `tail` of so many requests."""
+        before = self._record[:batch, SEQUENCE].tolist()
+        result = run()
+        self._unread = before
+        return result
+
+    def read(self, requests: int) -> list[Verdict]:
+        """Wait for the last launch: its decisions on the first `requests`.
+
+        Raises:
+            RuntimeError: the logits are NaN on an accepted path.
+        """
+        with ranges.range_("readback", requests * self._record.shape[1]):
+            self._settle()
+            records = [read_record(self._record, request) for request in range(requests)]
+        if any(record.status & INVALID for record in records):
+            raise RuntimeError(
+                f"the {self.owner}'s logits are NaN: its weights or inputs are damaged"
+            )
+        return [Verdict(r.tokens, len(r.tokens) - 1, r.near_ties) for r in records]
+
+    def place(self, trees: Sequence[DraftTree], lengths: Sequence[int], height: int = 0) -> Round:
+        """`trees` behind `lengths` committed rows, each filled up to the tallest or to `height`.
+
+        Raises:
+            ValueError: a tree is too deep.
+        """
+        rows = max(height, *map(len, trees))
+        self.write(trees, lengths, rows)
+        return self.load(len(trees), rows)
+
     def decide(
         self,
         at: Round,
@@ -110,28 +199,13 @@ class RoundBuffers:
         flags: torch.Tensor,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> list[Verdict]:
-        """Accept the longest paths and move their rows into place.
-
-        Args:
-            ids, flags: ``[B, N]`` from `lm_head_argmax`.
-            caches: K and V of every layer.
+        """`tail` and `read`.
 
         Raises:
             RuntimeError: the logits are NaN on an accepted path.
         """
-        batch = len(at.tokens)
-        before = self._record[:batch, SEQUENCE].tolist()
-        verify_tail(
-            ids, flags, at.tokens, at.parents, at.bits, [t for pair in caches for t in pair],
-            at.cache_seqlens, self._root[:batch], self._sequence[:batch], self._record[:batch],
-            at.num_rows, backend=self.backend,
-        )  # fmt: skip
-        with ranges.range_("readback", batch * self._record.shape[1]):
-            self._wait(before)
-            records = [read_record(self._record, request) for request in range(batch)]
-        if any(record.status & INVALID for record in records):
-            raise RuntimeError("the target's logits are NaN: its weights or inputs are damaged")
-        return [Verdict(r.tokens, len(r.tokens) - 1, r.near_ties) for r in records]
+        self.launch(len(at.tokens), lambda: self.tail(at, ids, flags, caches))
+        return self.read(len(at.tokens))
 
     def _check_depth(self, tree: DraftTree) -> None:
         if len(tree) <= self.max_depth:
@@ -145,17 +219,21 @@ class RoundBuffers:
                 "LlamaTarget(max_depth=64) takes every tree"
             )
 
-    def _wait(self, before: Sequence[int]) -> None:
-        """Until the record of every request is complete; no CUDA call waits."""
+    def _settle(self) -> None:
+        """Until every request of the last launch has its record; no CUDA call waits."""
+        before, self._unread = self._unread or (), None
         numbers = self._record.numpy()[:, SEQUENCE]
         for request, number in enumerate(before):
             polls = 0
             while numbers[request] == number:
                 polls += 1
-                # Raises where a kernel failed; an idle stream has nothing left to publish.
-                idle = polls % _POLLS == 0 and torch.cuda.current_stream(self.device).query()
+                idle = polls % _POLLS == 0 and self._idle()
                 if idle and numbers[request] == number:
                     raise RuntimeError("the device is idle and has published no decision")
+
+    def _idle(self) -> bool:
+        """Whether there is nothing left to publish. Raises where a kernel failed."""
+        return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
 
 
 def _fields(words: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
