@@ -10,6 +10,7 @@ The forward pass, each row's bits independent of how many rows there are
     embed           token ids -> rows
     norm_act        RMSNorm, with the residual added before
     skinny_linear   y = x W^T for few rows; bias, residual, SiLU gate
+    nf4_linear      the same with NF4 weights, exact (`nf4` is the format)
     rope_append     rotate q and k, write K and V behind the committed rows
     tree_attention  rows of a tree over the committed keys and their own paths
     lm_head_argmax  hidden rows -> greedy tokens, near ties and NaNs flagged
@@ -33,10 +34,12 @@ except ImportError as error:
         "install torch>=2.11 first, for instance `pip install torch==2.13.0`"
     ) from error
 
+from xspec_kernels import nf4
 from xspec_kernels._dispatch import BACKENDS, MAX_NODES, exact, info, require_backend
 from xspec_kernels.kernels.embed import embed
 from xspec_kernels.kernels.kv_commit import kv_commit
 from xspec_kernels.kernels.lm_head_argmax import ArgmaxResult, lm_head_argmax
+from xspec_kernels.kernels.nf4_linear import nf4_linear
 from xspec_kernels.kernels.norm_act import norm_act
 from xspec_kernels.kernels.rope_append import rope_append, rope_table
 from xspec_kernels.kernels.skinny_linear import interleave_gate, skinny_linear
@@ -53,6 +56,7 @@ from xspec_kernels.kernels.verify_tail import (
     read_record,
     verify_tail,
 )
+from xspec_kernels.nf4 import NF4Weight
 from xspec_kernels.workspace import Workspace
 
 __version__ = "0.1.0"
@@ -65,6 +69,7 @@ __all__ = [
     "SEQUENCE",
     "TOKENS",
     "ArgmaxResult",
+    "NF4Weight",
     "TailRecord",
     "TailResult",
     "TreeMask",
@@ -76,6 +81,8 @@ __all__ = [
     "interleave_gate",
     "kv_commit",
     "lm_head_argmax",
+    "nf4",
+    "nf4_linear",
     "norm_act",
     "read_record",
     "require_backend",

@@ -17,14 +17,17 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, of no known model type, or for quantized weights.
+        ValueError: it is damaged, of no known model type, or for weights quantized in a way other
+            than bitsandbytes' NF4.
     """
     path = existing_file(directory / "config.json", "model configuration")
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{path} names no model_type")
-    if values.get("quantization_config"):
-        raise ValueError(f"{path}: the model is quantized, expected plain weights")
+    quantized = values.get("quantization_config")
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if quantized and not (isinstance(quantized, dict) and nf4.items() <= quantized.items()):
+        raise ValueError(f"{path}: the model is quantized, expected plain weights or NF4")
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:

@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from xspec_kernels import (
+    NF4Weight,
     Workspace,
     embed,
     lm_head_argmax,
+    nf4,
+    nf4_linear,
     norm_act,
     rope_append,
     rope_table,
@@ -30,7 +33,7 @@ from xspec_kernels import (
 )
 
 from .llama_rounds import Round
-from .llama_weights import Layer, LlamaWeights, inverse_frequencies
+from .llama_weights import Layer, LlamaWeights, Matrix, inverse_frequencies
 
 Caches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(K, V) of every layer, each ``[B, H_kv, S, D]``."""
@@ -85,12 +88,12 @@ class LlamaDecoder:
         depth = torch.arange(rows, dtype=torch.int32, device=x.device)[None]
         start = depth.new_zeros(1)
         for layer, (k, v) in zip(self.weights.layers, caches, strict=True):
-            qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+            qkv = _product(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
             q = self._rotate(layer, qkv, depth, start, k, v)
-            x = x + F.linear(self._causal(q, k, v), layer.o, layer.o_bias)
-            gate_up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up)
+            x = x + _product(self._causal(q, k, v), layer.o, layer.o_bias)
+            gate_up = _product(self._norm(x, layer.mlp_norm), layer.gate_up)
             gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            x = x + _product(F.silu(gate) * up, layer.down)
         return x
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,9 +131,10 @@ class LlamaDecoder:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return norm_act(x, weight, self._eps, backend=self.backend)
 
-    def _linear(self, x: torch.Tensor, w: torch.Tensor, num_rows: torch.Tensor | None, **options):
+    def _linear(self, x: torch.Tensor, w: Matrix, num_rows: torch.Tensor | None, **options):
         options |= {"workspace": self._workspace, "backend": self.backend}
-        return skinny_linear(x, w, num_rows, **options)
+        product = nf4_linear if isinstance(w, NF4Weight) else skinny_linear
+        return product(x, w, num_rows, **options)
 
     def _rotate(
         self,
@@ -160,6 +164,11 @@ class LlamaDecoder:
                 q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped
             ).transpose(1, 2)
         return out.reshape(rows, -1)
+
+
+def _product(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T of a prompt's rows; NF4 is dequantized, one matrix at a time."""
+    return F.linear(x, nf4.dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w, bias)
 
 
 def flash_attention() -> Callable[..., torch.Tensor] | None:

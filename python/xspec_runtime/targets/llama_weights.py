@@ -2,12 +2,13 @@
 
 They come from a loaded transformers model or straight from safetensors files. q, k and v become one
 matrix by rows; gate and up become one with rows gate_0, up_0, gate_1, ..., so that one product ends
-in SiLU(gate) * up without a second pass. All other matrices are used as they are.
+in SiLU(gate) * up without a second pass. All other matrices are used as they are. Matrices in NF4
+(modules of `nf4_model`, or files that bitsandbytes wrote) stay in NF4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +17,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from xspec_kernels import interleave_gate
+from xspec_kernels import NF4Weight, interleave_gate, nf4
 
+from ..nf4_model import NF4Linear
 from .checkpoint import Shards, read_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "llama3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Matrix = torch.Tensor | NF4Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,15 @@ class Layer(NamedTuple):
     """One decoder layer; matrices are ``[out, in]``, absent parts None."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
+    o: Matrix
     o_bias: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +116,28 @@ class LlamaWeights:
 
         Args:
             share: let the model's own q, k, v, gate and up be views of the fused matrices. It works
-                as before, possibly slower, and nothing is held twice.
+                as before, possibly slower, and nothing is held twice. NF4 matrices are not shared.
 
         Raises:
-            ValueError: the model is of another family, quantized, or not in one floating dtype.
+            ValueError: the model is of another family, quantized in a way other than `NF4Linear`,
+                or not in one floating dtype.
         """
-        if getattr(model.config, "quantization_config", None):
-            raise ValueError(f"{type(model).__name__} is quantized, expected plain weights")
+        packed = {
+            f"{name}.weight": module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, NF4Linear)
+        }
+        if getattr(model.config, "quantization_config", None) and not packed:
+            raise ValueError(
+                f"{type(model).__name__} is quantized, expected plain weights or `NF4Linear` "
+                "(`replace_linear4bit`)"
+            )
 
         def replace(name: str, view: torch.Tensor) -> None:
-            model.get_parameter(name).data = view
+            if name not in packed:
+                model.get_parameter(name).data = view
 
-        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **packed}
         swap = replace if share else None
         return _assemble(model.config, tensors, model.device, model.dtype, swap)
 
@@ -186,7 +199,7 @@ class _Reader:
 
     def __init__(
         self,
-        source: Mapping[str, torch.Tensor],
+        source: Mapping[str, Matrix],
         shape: LlamaShape,
         device: torch.device,
         dtype: torch.dtype | None,
@@ -204,6 +217,19 @@ class _Reader:
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor of the decoder."""
         return self._whole(self.prefix + name, shape)
+
+    def matrix(self, name: str, *shape: int) -> Matrix:
+        """As `take`; NF4 stays NF4."""
+        name = self.prefix + name
+        if f"{name}.quant_state.bitsandbytes__nf4" in self.source:
+            found = nf4.from_tensors(self.source, name)
+        else:
+            found = self.source.get(name)
+        if not isinstance(found, NF4Weight):
+            return self._whole(name, shape)
+        if found.shape != shape:
+            raise ValueError(f"weight {name} is {list(found.shape)}, expected {list(shape)}")
+        return found.to(self.device)
 
     def maybe(self, name: str, *shape: int) -> torch.Tensor | None:
         """As `take`; None where there is none."""
@@ -226,7 +252,7 @@ class _Reader:
 @torch.no_grad()
 def _assemble(
     config: PreTrainedConfig,
-    source: Mapping[str, torch.Tensor],
+    source: Mapping[str, Matrix],
     device: torch.device,
     dtype: torch.dtype | None,
     replace: Callable[[str, torch.Tensor], None] | None = None,
@@ -239,7 +265,7 @@ def _assemble(
     for i in range(shape.layers):
         layer = _layer(read, shape, f"layers.{i}.")
         layers.append(layer)
-        if replace:
+        if replace and isinstance(layer.qkv, torch.Tensor):
             prefix = f"{read.prefix}layers.{i}."
             parts = (*layer.qkv.split(shape.qkv), layer.gate_up[::2], layer.gate_up[1::2])
             for name, part in zip(_FUSED, parts, strict=True):
@@ -259,19 +285,31 @@ def _layer(read: _Reader, shape: LlamaShape, prefix: str) -> Layer:
     width, inner, head_dim = shape.hidden, shape.intermediate, shape.head_dim
     rows = (*shape.qkv, inner, inner)
     sized = list(zip(_FUSED, rows, strict=True))
-    *qkv, gate, up = (read.take(f"{prefix}{name}.weight", size, width) for name, size in sized)
+    *qkv, gate, up = (read.matrix(f"{prefix}{name}.weight", size, width) for name, size in sized)
     biases = [read.maybe(f"{prefix}{name}.bias", size) for name, size in sized[:3]]
     norms = [None, None]
     if shape.qk_norm:
         norms = [read.take(f"{prefix}self_attn.{part}_norm.weight", head_dim) for part in "qk"]
     return Layer(
         read.take(f"{prefix}input_layernorm.weight", width),
-        torch.cat(qkv),
+        _joined(qkv, torch.cat, nf4.cat),
         None if biases[0] is None else torch.cat(biases),
         *norms,
-        read.take(f"{prefix}self_attn.o_proj.weight", width, shape.qkv[0]),
+        read.matrix(f"{prefix}self_attn.o_proj.weight", width, shape.qkv[0]),
         read.maybe(f"{prefix}self_attn.o_proj.bias", width),
         read.take(f"{prefix}post_attention_layernorm.weight", width),
-        interleave_gate(gate, up),
-        read.take(f"{prefix}mlp.down_proj.weight", width, inner),
+        _joined(
+            (gate, up), lambda pair: interleave_gate(*pair), lambda pair: nf4.interleave(*pair)
+        ),
+        read.matrix(f"{prefix}mlp.down_proj.weight", width, inner),
     )
+
+
+def _joined(
+    parts: Sequence[Matrix], plain: Callable[..., torch.Tensor], packed: Callable[..., NF4Weight]
+) -> Matrix:
+    """One matrix of several that are all plain or all NF4."""
+    quantized = [isinstance(part, NF4Weight) for part in parts]
+    if any(quantized) and not all(quantized):
+        raise ValueError("some of q, k, v or of gate and up are in NF4, expected all or none")
+    return packed(parts) if all(quantized) else plain(parts)
