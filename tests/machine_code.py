@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-_MATRIX = re.compile(r"HMMA|HGMMA|UTCHMMA|OMMA")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.M)
+from xspec_runtime.gpu import machine_code
 
 
 class Facts(NamedTuple):
@@ -70,28 +64,14 @@ def specialized(
 
 def facts(binary: Any) -> Facts:
     """Disassemble; the test skips where this Triton carries no disassembler."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    tools = [folder / "cuobjdump", folder / "nvdisasm"]
-    if not all(os.access(tool, os.X_OK) for tool in tools):
-        pytest.skip("this Triton carries no cuobjdump and nvdisasm")
-    code = binary.asm["cubin"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        usage, text = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-            for tool, flag in zip(tools, ("--dump-resource-usage", "-c"), strict=True)
-        )
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    operations = Counter(_INSTRUCTION.findall(text.stdout))
-    touches = sum(n for name, n in operations.items() if name.startswith(("STL", "LDL")))
+    if missing := machine_code.disassembler_missing():
+        pytest.skip(missing)
+    found = machine_code.facts(binary)
     return Facts(
-        registers=used["REG"],
-        spilled=used["STACK"] + used["LOCAL"] + touches,
-        shared=binary.metadata.shared,
-        matrix={name: n for name, n in operations.items() if _MATRIX.match(name)},
-        operations=operations,
-        digest=hashlib.sha256(code).hexdigest(),
+        registers=found.registers,
+        spilled=found.spills,
+        shared=found.shared,
+        matrix=found.matrix,
+        operations=machine_code.disassemble(binary)[1],
+        digest=hashlib.sha256(binary.asm["cubin"]).hexdigest(),
     )

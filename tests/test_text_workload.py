@@ -17,7 +17,8 @@ from xspec_runtime.models import mini
 from xspec_runtime.packing import PackedLinear, can_pack, pack_linears
 from xspec_runtime.policy import CREDIT, RETRY, PricedDrafter, row_costs, worthwhile
 from xspec_runtime.targets.transformers import TransformersTarget
-from xspec_runtime.workloads import PLAIN, Settings, text_workload
+from xspec_runtime.text_workload import text_workload
+from xspec_runtime.workloads import PLAIN, Settings
 
 PROMPTS = Path(__file__).resolve().parent.parent / "bench" / "prompts" / "grounded.json"
 needs_packing = pytest.mark.skipif(not can_pack(), reason="torch without oneDNN's packed layers")

@@ -20,7 +20,8 @@ from .inputs import check_device, check_lengths, check_questions, read_recording
 from .measure import check_arms, run_interleaved, summarize
 from .report import print_table, write_results
 from .targets.transformers import OPS
-from .workloads import ENGINES, MiniPair, Settings, Workload, text_workload
+from .text_workload import text_workload
+from .workloads import ENGINES, MiniPair, Settings, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -166,8 +166,8 @@ def _tools() -> list[Path]:
     return [folder / "cuobjdump", folder / "nvdisasm"]
 
 
-def facts(binary: Any) -> Facts:
-    """Disassemble what `Source.compile` made.
+def disassemble(binary: Any) -> tuple[dict[str, int], Counter[str]]:
+    """Resources of a compiled kernel (REG, STACK, LOCAL), and its instructions with their counts.
 
     Raises:
         RuntimeError: this Triton carries no disassembler.
@@ -182,7 +182,12 @@ def facts(binary: Any) -> Facts:
             for tool, flag in zip(_tools(), ("--dump-resource-usage", "-c"), strict=True)
         )
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    operations = Counter(_INSTRUCTION.findall(text.stdout))
+    return used, Counter(_INSTRUCTION.findall(text.stdout))
+
+
+def facts(binary: Any) -> Facts:
+    """What `Source.compile` made; raises as `disassemble` does."""
+    used, operations = disassemble(binary)
     touches = sum(n for name, n in operations.items() if name.startswith(("STL", "LDL")))
     return Facts(
         registers=used["REG"],
