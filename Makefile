@@ -32,10 +32,13 @@ $(VENV)/.xspec-built: $(VENV)/.xspec-pinned pyproject.toml $(NATIVE)
 e2e: setup
 	$(BIN)/python bench/e2e.py --gamma 5
 
-# Triton decides at import between its interpreter and its compiler, hence two processes.
+# How many processes share the tests, whole files each.
+JOBS ?= 2
+
+# Triton decides at import between its interpreter and its compiler, hence two runs.
 test: setup
-	$(BIN)/python -m pytest; compiled=$$?; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest; interpreted=$$?; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile; compiled=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile; interpreted=$$?; \
 	exit $$((compiled || interpreted))
 
 # Other cases in every run; a failure prints the case and what repeats it.
