@@ -198,4 +198,6 @@ def _doctor() -> None:
 
 def main() -> None:
     """Entry point of the `xspec` script."""
-    app()
+    from .commands import app as whole
+
+    whole()

@@ -23,6 +23,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+MARKERS = ("text", "special")
+
 
 class EventGPTConfig(PreTrainedConfig):
     """Configuration of `EventGPTForConditionalGeneration`.
@@ -32,6 +34,10 @@ class EventGPTConfig(PreTrainedConfig):
         text_config: `LlamaConfig` or its dictionary.
         event_token_id: placeholder id; one per event token in the prompt.
         num_frames: event images per request (the published model was trained with 5).
+        adaptor_passes: times that the feature adaptor is applied. The published model is meant for
+            1; the recordings published with it were made with 2, an error that 2 reproduces.
+        event_markers: whether ``<ev_start>`` and ``<ev_end>`` are tokens of their own (`special`)
+            or are spelled out (`text`).
     """
 
     model_type = "eventgpt"
@@ -44,8 +50,16 @@ class EventGPTConfig(PreTrainedConfig):
         event_token_id: int = 32000,
         num_frames: int = 1,
         tie_word_embeddings: bool = False,
+        adaptor_passes: int = 1,
+        event_markers: str = "text",
         **kwargs,
     ) -> None:
+        if adaptor_passes not in (1, 2):
+            raise ValueError(f"adaptor_passes must be 1 or 2, got {adaptor_passes!r}")
+        if event_markers not in MARKERS:
+            raise ValueError(
+                f"event_markers must be {' or '.join(MARKERS)}, got {event_markers!r}"
+            )
         self.vision_config = (
             vision_config
             if isinstance(vision_config, CLIPVisionConfig)
@@ -58,6 +72,8 @@ class EventGPTConfig(PreTrainedConfig):
         )
         self.event_token_id = event_token_id
         self.num_frames = num_frames
+        self.adaptor_passes = adaptor_passes
+        self.event_markers = event_markers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
@@ -104,7 +120,8 @@ class EventGPTModel(EventGPTPreTrainedModel):
         patches = self.visual_tower(pixel_values.flatten(0, 1)).last_hidden_state
         tokens = self.feature_adaptor(self.visual_projector(patches))
         tokens = tokens.unflatten(0, (batch, frames))
-        return torch.cat([tokens.mean(2), tokens.mean(1)], 1)
+        pooled = torch.cat([tokens.mean(2), tokens.mean(1)], 1)
+        return pooled if self.config.adaptor_passes == 1 else self.feature_adaptor(pooled)
 
     def forward(
         self,

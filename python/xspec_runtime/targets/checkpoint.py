@@ -46,7 +46,7 @@ class Shards(Mapping[str, torch.Tensor]):
     def __init__(self, directory: Path) -> None:
         index, whole = (directory / f"model.safetensors{end}" for end in (".index.json", ""))
         if index.is_file():
-            self._files = {name: directory / file for name, file in _weight_map(index).items()}
+            self._files = {name: directory / file for name, file in weight_map(index).items()}
         else:
             with _opened(whole) as file:
                 self._files = dict.fromkeys(file.keys(), whole)
@@ -72,7 +72,7 @@ def _opened(path: Path):
         raise RuntimeError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name; one that leaves the directory is refused."""
     content = read_json(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
