@@ -1,6 +1,6 @@
 """The commands of `xspec`: importing this package adds them to `app`, one file each."""
 
 from ..cli import app
-from . import convert
+from . import convert, dataset
 
-__all__ = ["app", "convert"]
+__all__ = ["app", "convert", "dataset"]

@@ -1,0 +1,77 @@
+"""`xspec dataset`: check a dataset in the DSEC layout, or write a miniature one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from ..cli import Command, Group, app, run_cli
+
+dataset = typer.Typer(cls=Group, no_args_is_help=True, help="Event and video clips on disk.")
+app.add_typer(dataset, name="dataset")
+SHOWN = 10
+
+
+@dataset.command(cls=Command)
+def generate(
+    root: Annotated[Path, typer.Argument(help="Folder for the datasets.")],
+    durations: Annotated[str, typer.Option(help="Comma-separated: 500ms, 1s, 2s, ...")] = "1s",
+    drives: Annotated[int, typer.Option(help="Drives of each dataset.")] = 2,
+    clips: Annotated[int, typer.Option(help="Clips of each drive.")] = 3,
+    split: Annotated[str, typer.Option(help="seq (test) or train.")] = "seq",
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Write procedural scenes in the published layout; what is there already is kept."""
+
+    def work() -> None:
+        from ..data.dsec_miniature import write_miniature
+
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("clips", total=None)
+            folders = write_miniature(
+                root,
+                tuple(name.strip() for name in durations.split(",")),
+                drives,
+                clips,
+                split,
+                lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+        for folder in folders:
+            console.print(f"{drives * clips} clips in {folder}", markup=False, highlight=False)
+
+    run_cli(work, debug)
+
+
+@dataset.command(cls=Command)
+def check(
+    folder: Annotated[Path, typer.Argument(help="A dataset, or the folder above several.")],
+    duration: Annotated[str, typer.Option(help="Which of several: 500ms, 1s, 2s, ...")] = "",
+    read: Annotated[bool, typer.Option("--read", help="Read every stream and video too.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Say what a dataset holds and which of its files are missing or damaged."""
+
+    def work() -> None:
+        from ..data.dsec import check as faults_of
+        from ..data.dsec import open_dataset
+
+        found = open_dataset(folder, duration)
+        console = Console(soft_wrap=True)
+        console.print(
+            f"{found.folder}: {len(found.clips)} clips of {len(found.drives)} drives"
+            + (f", {found.duration} each" if found.duration else ""),
+            markup=False,
+            highlight=False,
+        )
+        faults = faults_of(found, read)
+        for fault in faults[:SHOWN]:
+            console.print(fault, markup=False, highlight=False)
+        if faults:
+            raise ValueError(f"{len(faults)} faults in {found.folder}")
+
+    run_cli(work, debug)

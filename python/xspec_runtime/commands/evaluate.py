@@ -1,0 +1,83 @@
+"""`xspec evaluate`: what every source of drafts is worth, alone and with the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+
+from ..cli import Command, app, run_cli
+
+if TYPE_CHECKING:
+    from ..evaluate import EvaluateOptions
+
+
+@app.command(cls=Command)
+def evaluate(
+    pairs: Annotated[
+        Path | None,
+        typer.Argument(help="Recorded pairs; without them the embedded pair runs live."),
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Pairs to learn from, in place of folds.")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Contiguous folds; groups of live scenes.")] = 5,
+    by_drive: Annotated[bool, typer.Option(help="A fold for each drive the file names.")] = False,
+    gamma: Annotated[int, typer.Option(help="Draft tokens of chains.")] = 5,
+    rows: Annotated[
+        str, typer.Option(help="Rows of a verify; above 64 a ceiling, replayed only.")
+    ] = "6,16,32,64",
+    sources: Annotated[str, typer.Option(help="Only these, with commas between.")] = "",
+    sizes: Annotated[str, typer.Option(help="Training answers to compare, as in 0,50,200.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs of each file.")] = None,
+    scenes: Annotated[int, typer.Option(help="Live: unseen scenes.")] = 24,
+    seed: Annotated[int, typer.Option(help="Live: which scenes.")] = 0,
+    backend: Annotated[str, typer.Option(help="Of the ops.")] = "auto",
+    output_dir: Annotated[
+        Path, typer.Option(help="For results.json, RESULTS.md and plots.")
+    ] = Path("results/evaluate"),
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the unfinished run in the output folder.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Compare all sources of drafts, alone, together, and with the draft hidden."""
+    command = " ".join(["xspec", *(os.path.relpath(a) if os.path.isabs(a) else a
+                                   for a in sys.argv[1:])])  # fmt: skip
+    values = (pairs, train, folds, by_drive, gamma, rows, sources, sizes, limit, scenes, seed)
+
+    def work() -> None:
+        from ..evaluate import EvaluateOptions
+
+        _evaluate(EvaluateOptions(*values, backend, output_dir, resume, command))
+
+    run_cli(work, debug, "lower --limit or --rows")
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    from ..evaluate import evaluate as measure
+    from ..evaluate_report import evaluate_tables, write_evaluation
+
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        results = measure(
+            options,
+            lambda done, steps, label: bar.update(
+                task, completed=done, total=steps, description=label
+            ),
+        )
+    console = Console()
+    for table in evaluate_tables(results):
+        console.print(table, markup=False, highlight=False)
+    files = [options.folder / "results.json", *write_evaluation(results, options.folder)]
+    console.print("written:", ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    if not results["complete"]:
+        raise KeyboardInterrupt(
+            f"{len(results['cells'])} cells are done and written; --resume goes on"
+        )
