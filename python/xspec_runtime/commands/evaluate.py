@@ -61,7 +61,7 @@ def evaluate(
 
 def _evaluate(options: EvaluateOptions) -> None:
     from ..evaluate import evaluate as measure
-    from ..evaluate_report import evaluate_tables, write_evaluation
+    from ..evaluate_report import print_evaluation, write_evaluation
 
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -73,8 +73,7 @@ def _evaluate(options: EvaluateOptions) -> None:
             ),
         )
     console = Console()
-    for table in evaluate_tables(results):
-        console.print(table, markup=False, highlight=False)
+    print_evaluation(results, console)
     files = [options.folder / "results.json", *write_evaluation(results, options.folder)]
     console.print("written:", ", ".join(map(str, files)), highlight=False, soft_wrap=True)
     if not results["complete"]:

@@ -1,0 +1,87 @@
+"""`xspec tokens`: token-level acceptance of two texts, two files of texts, or recorded answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..cli import Command, app, run_cli
+
+
+@app.command(cls=Command)
+def tokens(
+    draft: Annotated[
+        str, typer.Argument(help="A text, a file with a text a line, or recorded answers (JSON).")
+    ],
+    target: Annotated[
+        str, typer.Argument(help="The target's text or file; not with recorded answers.")
+    ] = "",
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder of the target's tokenizer, or mini; else recorded ids.")
+    ] = "",
+    inspect: Annotated[
+        Path | None, typer.Option(help="Folder for the aligned view: INSPECT.html, INSPECT.md.")
+    ] = None,
+    show: Annotated[int, typer.Option(help="Answers in the aligned view.")] = 50,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Statistics as JSON.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Say how many tokens of the draft's text stand where the target has them."""
+    run_cli(lambda: _tokens(draft, target, tokenizer, inspect, show, json_file), debug)
+
+
+def _tokens(
+    draft: str, target: str, tokenizer: str, inspect: Path | None, show: int, json_file: Path | None
+) -> None:
+    from ..files import check_output, write_json, write_text
+    from ..text_acceptance import compare_answer, summarize_answers
+    from ..text_report import html, markdown
+    from ..vocab import load_tokenizer
+
+    answers = _answers(draft, target)
+    pages = [inspect / f"INSPECT.{end}" for end in ("html", "md")] if inspect else []
+    for path in filter(None, (json_file, *pages)):
+        check_output(path)
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    if words and not any(answer.draft_text for answer in answers):
+        raise ValueError("the recorded answers hold ids only; leave out --tokenizer")
+    compared = [compare_answer(answer, words) for answer in answers]
+    summary = summarize_answers(compared)
+
+    def spell(token: int | str) -> str:
+        return words.decode([token]) if words else f"{token} "
+
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{summary['answers']} answers ({', '.join(summary['method'])}): "
+        f"{summary['matched_tokens_total']} of {summary['total_tokens_compared']} tokens at the "
+        f"same place; per answer mean {summary['acceptance_rate_avg']:.2%}, median "
+        f"{summary['acceptance_rate_median']:.2%}, {summary['acceptance_rate_min']:.2%} to "
+        f"{summary['acceptance_rate_max']:.2%}",
+        highlight=False,
+    )
+    for path, page in zip(pages, (html, markdown), strict=False):
+        write_text(path, page(summary, compared, answers, spell, show))
+    if json_file:
+        write_json(json_file, summary)
+
+
+def _answers(draft: str, target: str):
+    from ..files import read_lines
+    from ..text_acceptance import Answer, read_answers
+
+    if not target:
+        if not Path(draft).is_file():
+            raise ValueError(f"{draft!r} is no file of recorded answers; for a text, give two")
+        return read_answers(Path(draft))
+    if Path(draft).is_file() != Path(target).is_file():
+        raise ValueError("give two texts or two files, not one of each")
+    if not Path(draft).is_file():
+        return [Answer(draft, target)]
+    left, right = read_lines(Path(draft)), read_lines(Path(target))
+    if len(left) != len(right):
+        raise ValueError(f"{draft} has {len(left)} texts, {target} has {len(right)}")
+    return [Answer(a, b) for a, b in zip(left, right, strict=True)]
