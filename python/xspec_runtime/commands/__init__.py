@@ -1,6 +1,11 @@
 """The commands of `xspec`: importing this package adds them to `app`, one file each."""
 
-from ..cli import app
-from . import convert, dataset, evaluate, stages, tokens, vocab
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["app", "convert", "dataset", "evaluate", "stages", "tokens", "vocab"]
+from ..cli import app
+
+for _module in sorted(module.name for module in iter_modules(__path__)):
+    import_module(f".{_module}", __name__)
+
+__all__ = ["app"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,6 +17,7 @@ from ..data.dsec import Clip, Dataset, open_dataset, present_durations
 from ..data.video import MODES as FRAME_MODES
 from ..environment import environment
 from ..files import check_output, read_lines, write_json, write_text
+from ..journal import Journal
 from ..models.mini import decode_answer
 from ..models.vlm_pair import EmbeddedPair, FolderPair, VlmPair
 from .clock import StageModel, Timed, stage_models
@@ -104,7 +104,7 @@ def run_stages(options: StageOptions) -> list[Path]:
         check_output(folder / "results.json")
     if options.threads:
         torch.set_num_threads(options.threads)
-    pair = _pair(options)
+    pair = open_pair(options)
     for (data, limit), folder in zip(runs, folders, strict=True):
         _run_one(options, pair, data, limit, questions, folder)
     return folders
@@ -121,7 +121,8 @@ def _datasets(options: StageOptions) -> list[Dataset]:
     return [open_dataset(options.dataset_dir, duration) for duration in found]
 
 
-def _pair(options: StageOptions) -> VlmPair:
+def open_pair(options: StageOptions) -> VlmPair:
+    """The models that `options` name."""
     dtype = getattr(torch, options.dtype)
     if options.target == "mini":
         return EmbeddedPair(options.device, dtype)
@@ -143,7 +144,7 @@ def _run_one(
         "dataset": str(data.folder),
         "num_samples": len(clips),
     }
-    journal = _Journal(folder / "samples.jsonl", config)
+    journal = Journal(folder / "samples.jsonl", config)
     models = stage_models(pair, limit, options.frames, _capacity(pair, limit))
     todo = [clip for clip in clips if clip.index not in journal.done]
     for clip in todo[: options.warmup]:
@@ -224,42 +225,3 @@ def _write(folder: Path, config: dict, rows: list[dict]) -> None:
     write_json(folder / "results.json", record)
     plots = draw(record, folder)
     write_text(folder / "RESULTS.md", markdown(record, [path.name for path in plots]))
-
-
-class _Journal:
-    """Finished samples, a line each, so that a run can go on.
-
-    Raises:
-        ValueError: the file is of a run with other options.
-    """
-
-    def __init__(self, path: Path, config: dict) -> None:
-        self.path, self.config = path, config
-        self.rows: list[dict] = []
-        if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-            try:
-                head, *rows = [json.loads(line) for line in lines]
-            except ValueError:
-                # The last line of a run that was killed; what is whole before it counts.
-                head, *rows = [json.loads(line) for line in lines[:-1]] or [None]
-            if head != config:
-                raise ValueError(
-                    f"{path} is of a run with other options; name another --output-dir"
-                )
-            self.rows = [row for row in rows if "error" not in row]
-        self.done = {row["sample_idx"] for row in self.rows}
-
-    def __enter__(self) -> _Journal:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in (self.config, *self.rows)))
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def write(self, row: dict) -> None:
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

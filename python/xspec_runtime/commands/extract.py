@@ -1,0 +1,85 @@
+"""`xspec extract`: token pairs and hidden states of both models over a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from ..cli import Command, app, run_cli
+
+
+@app.command(cls=Command)
+def extract(
+    dataset_dir: Annotated[
+        Path, typer.Option(help="A dataset in the DSEC layout, or the folder above several.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSON file for the token pairs.")],
+    duration: Annotated[str, typer.Option(help="Which of several: 500ms, 1s, ...")] = "",
+    states: Annotated[
+        Path | None, typer.Option(help="Folder for hidden states, in chunks.")
+    ] = None,
+    questions_file: Annotated[Path | None, typer.Option(help="Questions, one a line.")] = None,
+    single_question: Annotated[str, typer.Option(help="Ask this of every clip.")] = "",
+    max_questions: Annotated[int, typer.Option(help="Of the file; 0: all.")] = 0,
+    max_samples: Annotated[int, typer.Option(help="Clips; -1: all.")] = -1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 50,
+    chunk_size: Annotated[int, typer.Option(help="Answers of one file of states.")] = 1000,
+    frames: Annotated[str, typer.Option(help="uniform or first-n.")] = "uniform",
+    target: Annotated[str, typer.Option(help="mini or the folder of a Video-LLaVA.")] = "mini",
+    draft: Annotated[str, typer.Option(help="mini or the folder of an EventGPT.")] = "mini",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 1,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Answer every clip with both models; resumable."""
+
+    def work() -> None:
+        import torch
+
+        from ..data.dsec import open_dataset
+        from ..extract import ExtractOptions
+        from ..extract import extract as run
+        from ..files import read_lines
+        from ..inputs import check_device
+        from ..stages.run import StageOptions, open_pair
+
+        if single_question and questions_file:
+            raise ValueError("give --single-question or --questions-file, not both")
+        if max_questions < 0:
+            raise ValueError(f"--max-questions must be 0 (all) or more, got {max_questions}")
+        check_device(device)
+        asked = [single_question] if single_question else []
+        if questions_file:
+            asked = read_lines(questions_file)[: max_questions or None]
+        place = StageOptions(
+            dataset_dir, max_new_tokens=str(max_new_tokens), frames=frames, target=target,
+            draft=draft, device=device, dtype=dtype,
+        )  # fmt: skip
+        place.check()
+        data = open_dataset(dataset_dir, duration)
+        if threads:
+            torch.set_num_threads(threads)
+        options = ExtractOptions(
+            output, states, tuple(asked), max_samples, max_new_tokens, frames, chunk_size
+        )
+        console = Console(stderr=True)
+        columns = ("answers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("answers", total=None)
+            record = run(
+                open_pair(place), data, options,
+                lambda done, total: progress.update(bar, completed=done, total=total),
+            )  # fmt: skip
+        console.print(
+            f"{record['total_samples']} pairs in {output}"
+            + (f", {record['error_count']} failed" if record["error_count"] else ""),
+            markup=False,
+            highlight=False,
+        )
+
+    run_cli(work, debug, "lower --max-new-tokens, or take --dtype bfloat16")
