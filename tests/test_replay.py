@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pair_cases import write_pairs
 from xspec_runtime import replay as replay_module
 from xspec_runtime.data.pairs import contiguous_folds, read_pairs
 from xspec_runtime.drafters.base import DraftTree, Request
@@ -41,15 +42,7 @@ class Fixed:
 @pytest.fixture
 def pairs_file(tmp_path, rng) -> Path:
     """60 answers with much in common, as a file."""
-    phrases = [[rng.randrange(9, 40) for _ in range(6)] for _ in range(6)]
-    path = tmp_path / "pairs.jsonl"
-    with path.open("w") as file:
-        for i in range(60):
-            target = [7] + [t for p in rng.choices(phrases, k=rng.randint(1, 4)) for t in p]
-            draft = [t if rng.random() < 0.4 else 5 for t in target][: rng.randint(1, 20)]
-            row = {"sample_idx": 3 * i, "egpt_tokens": draft, "vl_tokens": target}
-            file.write(json.dumps(row) + "\n")
-    return path
+    return write_pairs(tmp_path / "pairs.jsonl", rng, 60, 0.4)
 
 
 def test_an_oracle_takes_one_verify_and_silence_one_a_token():

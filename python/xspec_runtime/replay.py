@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 
 import torch
 
@@ -16,24 +17,15 @@ from .data.pairs import Pair, contiguous_folds, read_pairs
 from .drafters.base import MAX_ROWS, Drafter, DraftTree, Request
 from .environment import environment
 from .files import JsonLines
-from .metrics import acceptance_rate, tokens_per_verify
-from .replay_arms import RECORDED_DRAFT, Arm, replay_arms
+from .replay_arms import Arm, replay_arms
+from .replay_drafters import request_of
 from .replay_report import replay_markdown
+from .replay_tally import ReplayRound, Tally
 
 __all__ = ["ReplayOptions", "ReplayRound", "replay", "replay_markdown", "run_replay"]
 
 SCHEMA = "xspec.replay/1"
-OPENING = 10  # tokens of an answer that are nearly always the same
-
-
-@dataclass(slots=True)
-class ReplayRound:
-    """One verify: how many target tokens were known, the tree, and what came of it."""
-
-    known: int
-    tree: DraftTree
-    accepted: int
-    emitted: int
+FIGURES = ("tokens_per_verify", "acceptance_rate", "after_10")
 
 
 @dataclass(slots=True)
@@ -84,6 +76,8 @@ def replay(
 ) -> list[ReplayRound]:
     """Walk one recorded answer, its first token given, as a greedy target would emit it.
 
+    Trees of more than 64 rows, which no verify takes, are walked on the host.
+
     Raises:
         ValueError: the answer is empty.
     """
@@ -93,10 +87,15 @@ def replay(
     drafter.begin(request or Request())
     rounds, known = [], 1
     while known < len(answer):
+        start = perf_counter()
         tree = drafter.propose(answer[:known], rows)
-        accepted = _accept(tree, answer[known:], backend)
+        spent = perf_counter() - start
+        if len(tree) > MAX_ROWS:
+            accepted = _walked(tree, answer[known:])
+        else:
+            accepted = _accept(tree, answer[known:], backend)
         emitted = min(accepted + 1, len(answer) - known)
-        rounds.append(ReplayRound(known, tree, accepted, emitted))
+        rounds.append(ReplayRound(known, tree, accepted, emitted, spent))
         known += emitted
     drafter.end(answer)
     return rounds
@@ -116,34 +115,12 @@ def _accept(tree: DraftTree, future: Sequence[int], backend: str) -> int:
     return int(verify_greedy(ids[:1], parents, ids[1:], mask.ancestor_bits, backend=backend)[0])
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Sums over the rounds of one fold."""
-
-    verifies: int = 0
-    emitted: int = 0
-    accepted: int = 0
-    drafted: int = 0
-    late_verifies: int = 0
-    late_emitted: int = 0
-
-    def count(self, rounds: Sequence[ReplayRound]) -> None:
-        for r in rounds:
-            self.verifies += 1
-            self.emitted += r.emitted
-            self.accepted += r.accepted
-            self.drafted += len(r.tree) - 1
-            if r.known >= OPENING:
-                self.late_verifies += 1
-                self.late_emitted += r.emitted
-
-    def figures(self) -> dict[str, float | None]:
-        late = self.late_verifies
-        return {
-            "tokens_per_verify": tokens_per_verify(self.emitted, self.verifies),
-            "acceptance_rate": acceptance_rate(self.accepted, self.drafted),
-            "after_10": tokens_per_verify(self.late_emitted, late) if late else None,
-        }
+def _walked(tree: DraftTree, future: Sequence[int]) -> int:
+    """The same for trees of any size."""
+    node, accepted = 0, 0
+    while accepted < len(future) and (child := tree.child(node, future[accepted])) is not None:
+        node, accepted = child, accepted + 1
+    return accepted
 
 
 class ReplayRun:
@@ -188,15 +165,15 @@ class ReplayRun:
         for arm in self._arms:
             folds, lines = [], []
             for number, (test, train) in enumerate(self._folds):
-                drafter, tally = arm.make(number, train), _Tally()
+                drafter, tally = arm.make(number, train), Tally()
                 for pair in test:
-                    request = Request(draft_inputs={RECORDED_DRAFT: pair.draft})
+                    request = request_of(pair)
                     rounds = replay(drafter, pair.target, arm.rows, request, self.options.backend)
                     tally.count(rounds)
                     if trace:
                         lines += [_trace_line(arm, pair, r) for r in rounds]
                     yield f"{arm.drafter}, {arm.rows} rows"
-                folds.append(tally.figures())
+                folds.append({key: tally.figures()[key] for key in FIGURES})
             for line in lines:
                 trace.write(line)
             self.results["replay"].append(_entry(arm, folds))
@@ -230,7 +207,7 @@ def run_replay(
 
 def _entry(arm: Arm, folds: list[dict]) -> dict:
     means = {}
-    for key in ("tokens_per_verify", "acceptance_rate", "after_10"):
+    for key in FIGURES:
         values = [fold[key] for fold in folds if fold[key] is not None]
         means[key] = fmean(values) if values else None
     return {

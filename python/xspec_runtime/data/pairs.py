@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ class Pair:
         question: text of the question, or "".
         draft: token ids of the draft model's answer.
         target: token ids of the target's answer.
+        drive: the recording that the clip was cut from, or "" where the file does not say.
     """
 
     sample: int
@@ -30,6 +31,7 @@ class Pair:
     question: str
     draft: tuple[int, ...]
     target: tuple[int, ...]
+    drive: str = ""
 
 
 def read_pairs(
@@ -52,7 +54,8 @@ def iter_pairs(path: str | Path, vocab_size: int = VOCAB_SIZE) -> Iterator[Pair]
     """Pairs one by one, from JSON lines or from one ``{"results": [...]}`` object.
 
     Rows hold ``egpt_tokens`` (draft) and ``vl_tokens`` (target), lists of ids; ``sample_idx`` and
-    ``query`` or ``question`` are optional, other keys are ignored. Blank lines are skipped.
+    ``query`` or ``question`` are optional, and so is ``drive``, for which the folder of
+    ``event_data`` stands in; other keys are ignored. Blank lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -79,6 +82,22 @@ def contiguous_folds(count: int, folds: int) -> list[range]:
         raise ValueError(f"folds must be from 2 to the number of rows, {count}, got {folds}")
     edges = [i * count // folds for i in range(folds + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
+
+
+def drive_folds(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of each drive's pairs, drives in order of appearance.
+
+    Raises:
+        ValueError: a pair names no drive, or all name the same.
+    """
+    folds: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        if not pair.drive:
+            raise ValueError(f"folds by drive need a drive in every row; row {pair.row} names none")
+        folds.setdefault(pair.drive, []).append(i)
+    if len(folds) < 2:
+        raise ValueError(f"folds by drive need two drives or more, got {', '.join(folds)}")
+    return list(folds.values())
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -129,7 +148,16 @@ def _pair(where: str, row: int, value: object, vocab_size: int) -> Pair:
     if not isinstance(question, str):
         raise ValueError(f"{where}: query must be a string, got {type(question).__name__}")
     draft, target = (_ids(where, key, value, vocab_size) for key in ("egpt_tokens", "vl_tokens"))
-    return Pair(sample, row, question, draft, target)
+    return Pair(sample, row, question, draft, target, _drive(where, value))
+
+
+def _drive(where: str, value: dict) -> str:
+    drive = value.get("drive", "")
+    clip = value.get("event_data", "")
+    for key, found in (("drive", drive), ("event_data", clip)):
+        if not isinstance(found, str):
+            raise ValueError(f"{where}: {key} must be a string, got {found!r}")
+    return drive or clip.rpartition("/")[0]
 
 
 def _ids(where: str, key: str, value: dict, vocab_size: int) -> tuple[int, ...]:
