@@ -130,3 +130,95 @@ def test_later_drafters_are_asked_only_while_more_is_to_be_gained(score: float, 
     assert (first.asked, second.asked) == (1, asked)
     MergedDrafter([first, second]).propose([1], 8)
     assert second.asked == asked + 1
+
+
+def test_weighed_scores_are_sums(rng):
+    for _ in range(60):
+        trees = [random_tree(rng, 7, rng.randint(1, 20)) for _ in range(rng.randint(1, 4))]
+        weights = [rng.random() for _ in trees]
+        weights = [weight / sum(weights) for weight in weights]
+        expected: dict[tuple[int, ...], float] = {}
+        for tree, weight in zip(trees, weights, strict=True):
+            best: dict[tuple[int, ...], float] = {}
+            for i in range(1, len(tree)):
+                best[path(tree, i)] = max(best.get(path(tree, i), 0.0), tree.scores[i])
+            for key, score in best.items():
+                expected[key] = expected.get(key, 0.0) + weight * score
+        merged = merge(trees, 64, weights)
+        found = {path(merged, i): merged.scores[i] for i in range(1, len(merged))}
+        assert len(found) == min(63, len(expected))
+        assert found == pytest.approx({key: expected[key] for key in found})
+        for i in range(1, len(merged)):
+            assert merged.scores[i] <= merged.scores[merged.parent_idx[i]]
+
+
+def test_bad_weights():
+    tree = DraftTree.chain(1, [2])
+    for weights in ([], [0.5, 0.5], [-0.1], [1.1]):
+        with pytest.raises(ValueError, match="weights must be at least 0, one for each of 1 trees"):
+            merge([tree], 4, weights)
+
+
+class Chain:
+    """Proposes one token, at a chance it names itself."""
+
+    def __init__(self, token: int, chance: float) -> None:
+        self.name, self.token, self.chance = "chain", token, chance
+
+    def begin(self, request: Request) -> None:
+        pass
+
+    def propose(self, context, rows: int) -> DraftTree:
+        return DraftTree.chain(context[-1], [self.token], [self.chance])
+
+    def end(self, answer) -> None:
+        pass
+
+
+def test_a_source_that_boasts_loses_its_weight():
+    """Both claim to be sure; the target says 2 and only now and then 3."""
+    merged = MergedDrafter([Chain(3, 0.9), Chain(2, 0.5)], weigh=True)
+    scores = {}
+    for i in range(300):
+        merged.begin(Request())
+        tree = merged.propose([1], 3)
+        scores = dict(zip(tree.tokens[1:], tree.scores[1:], strict=True))
+        merged.end([1, 3 if i % 10 == 0 else 2])
+    assert scores[2] > 0.7 and scores[3] < 0.05
+    assert merged.propose([1], 2).tokens == [1, 2]
+
+
+def test_weights_learn_from_the_context_as_from_the_end():
+    ended, extended = (MergedDrafter([Chain(2, 0.5), Chain(3, 0.5)], weigh=True) for _ in range(2))
+    ended.begin(Request())
+    ended.propose([1], 4)
+    ended.end([1, 3])
+    extended.begin(Request())
+    extended.propose([1], 4)
+    extended.propose([1, 3], 4)
+    ended.begin(Request())
+    extended.begin(Request())
+    assert ended.propose([1], 4) == extended.propose([1], 4)
+    fresh = MergedDrafter([Chain(2, 0.5), Chain(3, 0.5)], weigh=True)
+    assert ended.propose([1], 4) != fresh.propose([1], 4)
+
+
+def test_a_root_alone_is_no_opinion():
+    class Silent(Chain):
+        def propose(self, context, rows):
+            return DraftTree.root(context[-1])
+
+    merged = MergedDrafter([Silent(9, 1.0), Chain(2, 0.5)], weigh=True)
+    assert merged.propose([1], 4).scores == [1.0, 0.5]
+    silent = MergedDrafter([Silent(9, 1.0)], weigh=True)
+    assert silent.propose([1], 4) == DraftTree.root(1)
+
+
+def test_no_future_in_weights(rng):
+    for _ in range(10):
+        answer = [rng.randrange(2, 4) for _ in range(20)]
+        cut = rng.randint(1, 19)
+        other = answer[:cut] + [5] * (20 - cut)
+        one, two = (MergedDrafter([Chain(2, 0.6), Chain(3, 0.3)], weigh=True) for _ in range(2))
+        for known in range(1, cut + 1):
+            assert one.propose(answer[:known], 4) == two.propose(other[:known], 4)

@@ -1,0 +1,75 @@
+"""`xspec train`: networks that draft, trained on recorded answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from ..cli import Command, Group, app, run_cli
+
+train = typer.Typer(cls=Group, no_args_is_help=True, help="Train drafters on recorded answers.")
+app.add_typer(train, name="train")
+
+
+@train.command(cls=Command)
+def head(
+    pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
+    destination: Annotated[Path, typer.Argument(help="File for the head (.safetensors).")],
+    width: Annotated[int, typer.Option(help="Of the recurrent layer.")] = 128,
+    epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = 14,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the answers, the last ones, that only calibrate.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Train a text head on the target's answers; an interrupted run goes on where it stopped."""
+    run_cli(
+        lambda: _head(pairs, destination, width, epochs, held_out, seed, limit),
+        debug,
+        "lower --width or --limit",
+    )
+
+
+def _head(
+    pairs: Path,
+    destination: Path,
+    width: int,
+    epochs: int,
+    held_out: float,
+    seed: int,
+    limit: int | None,
+) -> None:
+    from ..adapters.text_head import save_text_head
+    from ..adapters.train_head import HeadTraining, train_text_head
+    from ..data.pairs import VOCAB_SIZE, read_pairs
+    from ..files import check_output
+
+    plan = HeadTraining(epochs, held_out=held_out, seed=seed)
+    answers = [pair.target for pair in read_pairs(pairs, limit)]
+    state = destination.with_suffix(".state.pt")
+    for path in (destination, state):
+        check_output(path)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("text head")
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=steps, description=f"loss {loss:.3f}")
+
+        trained, score = train_text_head(answers, VOCAB_SIZE, width, plan, state, show)
+    save_text_head(trained, destination)
+    state.unlink(missing_ok=True)
+    if score:
+        console.print(
+            f"{score.tokens} tokens kept out: {score.nats:.3f} nats a token, "
+            f"{score.calibrated_nats:.3f} at temperature {float(trained.temperature):.2f}, "
+            f"{score.top_1:.1%} foreseen; {score.unseen} more that training never saw",
+            markup=False,
+            highlight=False,
+        )
