@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 os.environ.pop("XSPEC_BACKEND", None)
+# Tests neither find nor leave calibrations in the user's cache folder.
+os.environ["XSPEC_CACHE"] = "off"
 # The models here are tiny: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from xspec_kernels import ranges
 
 from .config import SpecConfig
-from .drafters.base import Drafter, DraftTree, OpeningDrafter, Request
+from .drafters.base import Drafter, DraftTree, OpeningDrafter, PricingDrafter, Request
 
 # What a row of text behind the prompt holds in inputs that have one entry a prompt row.
 _BEHIND_PROMPT = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
@@ -94,7 +94,8 @@ class Opening:
             with ranges.range_("draft.propose", limit):
                 riding = drafter.opening(limit)
             return cls(riding, None, True, 1e3 * (perf_counter() - start))
-        return cls(list(drafted[:limit]), text)
+        riding = list(drafted[:limit])
+        return cls(drafter.admit(riding) if isinstance(drafter, PricingDrafter) else riding, text)
 
 
 def placeholder_ids(config: PreTrainedConfig) -> set[int]:

@@ -1,17 +1,46 @@
-"""Which heights of a tree cost no more than lower ones, measured on the target."""
+"""Time of a verify by its height, and the heights that cost no more than lower ones."""
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Iterable
+from math import inf
 from time import perf_counter
 
 import torch
 
-from ..drafters.base import DraftTree
+from ..drafters.base import MAX_ROWS, DraftTree
 from .base import Target
 
 # A greater height counts as cheaper only beyond this share: less is noise.
 NOISE = 0.03
+CONTEXT = 64  # committed rows while measuring
+
+
+def verify_seconds(
+    target: Target, heights: Iterable[int], prompt_rows: int = CONTEXT, repeats: int = 5
+) -> dict[int, float]:
+    """Seconds of a verify by its rows: the fastest of `repeats` after a warm-up, heights in turns.
+
+    The target's cache is overwritten.
+
+    Raises:
+        ValueError: a height is not in 1..64.
+        RuntimeError: `prompt_rows` and the tallest tree do not fit the cache.
+    """
+    heights = sorted(set(heights))
+    for height in heights:
+        if not 1 <= height <= MAX_ROWS:
+            raise ValueError(f"rows must be in 1..{MAX_ROWS}, got {height}")
+    ids = torch.ones(1, prompt_rows, dtype=torch.long, device=target.device)
+    target.prefill({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    target.cache.check_room(max(heights))
+    times = dict.fromkeys(heights, inf)
+    for repeat in range(repeats + 1):
+        for height in heights:
+            seconds = _seconds(target, height)
+            if repeat:
+                times[height] = min(times[height], seconds)
+    return times
 
 
 def cheap_heights(
@@ -25,31 +54,20 @@ def cheap_heights(
 
     Args:
         rows: the tallest tree, 2..64.
-        prompt_rows: committed rows while measuring.
-        repeats: forward passes a height, of which the median counts; heights take turns.
+        prompt_rows, repeats: see `verify_seconds`, which says what else is raised.
 
     Raises:
         ValueError: `rows` is not in 2..64.
-        RuntimeError: `prompt_rows` and the tallest tree do not fit the cache.
     """
-    heights = range(2, rows + 1)
-    if not 2 <= rows <= 64:
-        raise ValueError(f"rows must be in 2..64, got {rows}")
-    ids = torch.ones(1, prompt_rows, dtype=torch.long, device=target.device)
-    target.prefill({"input_ids": ids})
-    target.cache.check_room(rows)
-    times: dict[int, list[float]] = {height: [] for height in heights}
-    for _ in range(repeats + 1):
-        for height in heights:
-            times[height].append(_milliseconds(target, height))
-    # The first pass of each height is its warm-up.
-    return cheapest({height: median(spent[1:]) for height, spent in times.items()})
+    if not 2 <= rows <= MAX_ROWS:
+        raise ValueError(f"rows must be in 2..{MAX_ROWS}, got {rows}")
+    return cheapest(verify_seconds(target, range(2, rows + 1), prompt_rows, repeats))
 
 
 def cheapest(cost: dict[int, float]) -> tuple[int, ...]:
     """The heights that no greater one undercuts, ascending; `cost` is by height."""
     kept: list[int] = []
-    least = float("inf")
+    least = inf
     for height in sorted(cost, reverse=True):
         if least >= (1 - NOISE) * cost[height]:
             kept.append(height)
@@ -57,9 +75,10 @@ def cheapest(cost: dict[int, float]) -> tuple[int, ...]:
     return tuple(reversed(kept))
 
 
-def _milliseconds(target: Target, height: int) -> float:
-    tree = DraftTree.chain(1, [1] * (height - 1))
+def _seconds(target: Target, height: int) -> float:
+    # Every parent has two children: a chain may be deeper than the target takes.
+    parents = [(i - 1) // 2 for i in range(height)]
+    tree = DraftTree([1 + i % 2 for i in range(height)], parents, [1.0] * height)
     start = perf_counter()
-    logits = target.forward(tree)
-    target.accept(tree, logits, [1])
-    return 1e3 * (perf_counter() - start)
+    target.accept(tree, target.forward(tree), [1])
+    return perf_counter() - start
