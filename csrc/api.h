@@ -36,6 +36,38 @@ struct VerifyGreedyArgs {
   int32_t batch, nodes;
 };
 
+// How logits become probabilities; `inverse` is 1 / temperature.
+struct SamplingLaw {
+  float inverse;
+  int32_t top_k;  // 0: all
+  float top_p;    // 1: all
+};
+
+struct SampleTokensArgs {
+  const float* logits;     // [rows, vocab]
+  const double* uniforms;  // [rows]
+  int64_t* ids;            // [rows], -1 where a row has no law
+  int64_t rows;
+  int32_t vocab;
+  SamplingLaw law;
+};
+
+template <class Token>
+struct VerifySamplingArgs {
+  const float* logits;           // [B, N, vocab]
+  const Token* token_ids;        // [B, N]
+  const int32_t* parent_idx;     // [B, N]
+  const int64_t* ancestor_bits;  // [B, N]
+  const double* uniforms;        // [B, N]
+  const int32_t* num_rows;       // [B] or null
+  const float* draft_probs;      // [B, N, vocab], or null where drafts are given
+  int32_t* accept_len;           // [B]
+  int32_t* accept_path;          // [B, N], -1 padded
+  Token* output_ids;             // [B, N], -1 padded
+  int32_t batch, nodes, vocab;
+  SamplingLaw law;
+};
+
 // Caches are [B, heads, slots, row] of one geometry. Sizes and strides count words of word_bytes.
 struct KvCommitArgs {
   const int64_t* caches;         // [num_caches] base addresses, readable where the kernel runs
@@ -51,6 +83,11 @@ void tree_mask_cpu(const TreeMaskArgs& args);
 
 template <class Token>
 void verify_greedy_cpu(const VerifyGreedyArgs<Token>& args);
+
+void sample_tokens_cpu(const SampleTokensArgs& args);
+
+template <class Token>
+void verify_sampling_cpu(const VerifySamplingArgs<Token>& args);
 
 // Returns -1, or the first request whose path does not ascend or leaves the cache; then nothing
 // moved.

@@ -85,6 +85,39 @@ void verify_greedy(Address token_ids, Address parent_idx, Address target_ids, Ad
 #endif
 }
 
+void sample_tokens(Address logits, Address uniforms, Address ids, int64_t rows, int vocab,
+                   float inverse, int top_k, float top_p) {
+  py::gil_scoped_release unlocked;
+  xspec::sample_tokens_cpu({as<const float>(logits),
+                            as<const double>(uniforms),
+                            as<int64_t>(ids),
+                            rows,
+                            vocab,
+                            {inverse, top_k, top_p}});
+}
+
+template <class Token>
+void verify_sampling(Address logits, Address token_ids, Address parent_idx, Address ancestor_bits,
+                     Address uniforms, Address num_rows, Address draft_probs, Address accept_len,
+                     Address accept_path, Address output_ids, int batch, int nodes, int vocab,
+                     float inverse, int top_k, float top_p) {
+  py::gil_scoped_release unlocked;
+  xspec::verify_sampling_cpu(xspec::VerifySamplingArgs<Token>{as<const float>(logits),
+                                                              as<const Token>(token_ids),
+                                                              as<const int32_t>(parent_idx),
+                                                              as<const int64_t>(ancestor_bits),
+                                                              as<const double>(uniforms),
+                                                              as<const int32_t>(num_rows),
+                                                              as<const float>(draft_probs),
+                                                              as<int32_t>(accept_len),
+                                                              as<int32_t>(accept_path),
+                                                              as<Token>(output_ids),
+                                                              batch,
+                                                              nodes,
+                                                              vocab,
+                                                              {inverse, top_k, top_p}});
+}
+
 xspec::KvCommitArgs commit_args(const int64_t* table, Address accept_path, Address accept_len,
                                 Address cache_seqlens, Address new_seqlens,
                                 const std::vector<int64_t>& strides,
@@ -150,6 +183,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_mask", &tree_mask);
   m.def("verify_greedy_int32", &verify_greedy<int32_t>);
   m.def("verify_greedy_int64", &verify_greedy<int64_t>);
+  m.def("sample_tokens", &sample_tokens);
+  m.def("verify_sampling_int32", &verify_sampling<int32_t>);
+  m.def("verify_sampling_int64", &verify_sampling<int64_t>);
   m.def("kv_commit_cpu", &kv_commit_cpu);
   m.def("kv_commit_cuda", &kv_commit_cuda);
   xspec::bind_ngram(m);

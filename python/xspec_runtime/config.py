@@ -27,6 +27,11 @@ class SpecConfig:
             shapes occur; a taller tree and a plain step stay as they are. `(16, 32, 64)` gives a
             compiled model three shapes, `targets.heights.cheap_heights` measures ones that cost no
             time.
+        temperature: 0 is greedy decoding; else tokens are sampled, see
+            `xspec_kernels.sample_tokens`.
+        top_k, top_p: tokens sampled from; 0 and 1.0 are all.
+        seed: of the draws. The same seed and prompt give the same answer, so vary it; prompts of a
+            batch draw different numbers.
     """
 
     rows: int = 16
@@ -34,6 +39,10 @@ class SpecConfig:
     eos_token_ids: tuple[int, ...] = ()
     prefill_fused: str = "exact"
     pad_rows: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MAX_ROWS:
@@ -48,6 +57,12 @@ class SpecConfig:
         heights = (1, *self.pad_rows, MAX_ROWS + 1)
         if any(low >= high for low, high in pairwise(heights)):
             raise ValueError(f"pad_rows must ascend within 2..{MAX_ROWS}, got {self.pad_rows}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature must be 0 or in 1e-6..1e6, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     @classmethod
     def chain(cls, gamma: int, **kwargs) -> SpecConfig:

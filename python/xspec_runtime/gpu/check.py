@@ -30,12 +30,13 @@ from .forward_cases import (
     lm_head_cases,
     norm_act_cases,
     rope_append_cases,
-    skinny_linear_cases,
     tree_attention_cases,
     verify_tail_cases,
 )
+from .linear_cases import nf4_linear_cases, skinny_linear_cases
 from .parts import CheckFailed, Context, Options, Part, Skip
 from .rounds import check_rounds
+from .sampling import sample_tokens_cases, verify_sampling_cases
 
 OPS: dict[str, Callable[..., Iterator[Case]]] = {
     "tree_mask": tree_mask_cases,
@@ -44,10 +45,13 @@ OPS: dict[str, Callable[..., Iterator[Case]]] = {
     "embed": embed_cases,
     "norm_act": norm_act_cases,
     "skinny_linear": skinny_linear_cases,
+    "nf4_linear": nf4_linear_cases,
     "rope_append": rope_append_cases,
     "tree_attention": tree_attention_cases,
     "lm_head_argmax": lm_head_cases,
     "verify_tail": verify_tail_cases,
+    "sample_tokens": sample_tokens_cases,
+    "verify_sampling": verify_sampling_cases,
 }
 OF_THE_ROUND = ("tree_mask", "verify_greedy", "kv_commit")
 REPEATS = {True: 20, False: 4}
