@@ -91,18 +91,22 @@ class BatchKVCache(Cache):
         super().__init__(layers=[_BatchLayer(self) for _ in range(num_layers)])
         self.slots: list[KVCache] = [_Slot(self, i) for i in range(batch)]
 
-    @torch.inference_mode()
     def reset(self) -> None:
-        """Forget every request. What a failed run left is wiped: its NaNs would count under a zero
-        weight.
-        """
-        if self.active and self.layers[0].is_initialized:
-            for layer in self.layers:
-                layer.keys.zero_()
-                layer.values.zero_()
-        for slot in self.slots:
-            slot.reset()
+        """Forget every request. What running ones left is wiped."""
+        for slot in range(self.active):
+            self.wipe(slot)
         self.active = 0
+
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Empty a slot that may hold NaNs: behind the rows of a later request they would count
+        under a zero weight.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot].zero_()
+                layer.values[slot].zero_()
+        self.slots[slot].reset()
 
     @property
     def longest(self) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Event
 from time import perf_counter
 
 import torch
@@ -12,11 +15,15 @@ from transformers import LogitsProcessorList
 from xspec_kernels import ranges
 
 from .config import SpecConfig
-from .drafters.base import Drafter, DraftTree, Request
+from .drafters.base import Drafter, DraftTree, PricingDrafter, Request
 from .drafters.merge import merge
 from .prefill import DraftedText, Opening, check_drafted
 from .targets.base import Target
 from .targets.greedy import Verdict, check_ids
+from .targets.sampling import Sampling
+
+Stop = Event | Callable[[], bool]
+"""Set, or true, once nobody wants the answer any more."""
 
 
 @dataclass(slots=True)
@@ -48,8 +55,10 @@ class Generation:
         begin_ms: the drafter's own preparation, counted in `decode_ms`; in `prefill_ms` where its
             drafts ride in the prefill.
         decode_ms: from the first token to the last.
-        near_ties: steps whose two best logits lay within 2 ulp.
+        near_ties: greedy steps whose two best logits lay within 2 ulp.
         prefill_drafted, prefill_accepted: drafts that rode in the prefill, and those it accepted.
+        cancelled: the request was stopped; `tokens` are those it had, perhaps none.
+        error: what ended a request of a batch; see `BatchDecoder.generate`.
     """
 
     tokens: list[int]
@@ -60,6 +69,8 @@ class Generation:
     near_ties: int = 0
     prefill_drafted: int = 0
     prefill_accepted: int = 0
+    cancelled: bool = False
+    error: Exception | None = None
 
     @property
     def total_ms(self) -> float:
@@ -72,9 +83,12 @@ class Generation:
 
 
 class SpeculativeDecoder:
-    """Greedy decoding of `target`, drafted by `drafter`; without one, plain decoding.
+    """Decoding of `target`, drafted by `drafter`; without one, plain decoding.
 
-    The tokens equal plain decoding by the same target object outside near ties.
+    The tokens equal plain decoding by the same target object outside near ties: greedy decoding, or
+    where the configuration has a temperature, sampling with the same seed. A request that was
+    cancelled, or failed at any point, leaves nothing behind: the next one is answered as by a fresh
+    decoder, and drafters learn nothing of it.
     """
 
     def __init__(
@@ -86,6 +100,8 @@ class SpeculativeDecoder:
         self.target = target
         self.drafter = drafter
         self.config = config or SpecConfig()
+        # Seconds of the cheapest plain round so far.
+        self._step = math.inf
 
     def generate(
         self,
@@ -95,6 +111,8 @@ class SpeculativeDecoder:
         on_tokens: Callable[[list[int]], None] | None = None,
         on_round: Callable[[DraftTree, Verdict, list[int]], None] | None = None,
         drafted: Sequence[int] = (),
+        stop: Stop | None = None,
+        seed: int | None = None,
     ) -> Generation:
         """Answer one prompt.
 
@@ -107,21 +125,56 @@ class SpeculativeDecoder:
             drafted: tokens of a draft's own answer that exist by now, from its first on; see
                 `SpecConfig.prefill_fused`. Without them, "fast" asks a drafter that has an
                 `opening`.
+            stop: asked before the prefill and before every round; see `Generation.cancelled`.
+            seed: of this answer's draws instead of the configuration's.
 
         Raises:
             ValueError: the inputs are malformed, or `drafted` holds an id the target has no
                 embedding for.
             RuntimeError: the cache is full, or the target's logits are NaN.
+            Exception: what the drafter, `stop` or a callback raised.
         """
-        target, drafter, config = self.target, self.drafter, self.config
-        start = perf_counter()
+        drafter, start = self.drafter, perf_counter()
         ids = check_ids(inputs)
-        check_drafted(drafted, target.vocab_size)
+        check_drafted(drafted, self.target.vocab_size)
         if drafter and request is None:
             request = Request(ids[0].tolist())
+        stopped = asked(stop)
+        try:
+            if stopped():
+                answer = Generation([], cancelled=True)
+            else:
+                answer = self._answer(
+                    inputs, request, logits_processor, on_tokens, on_round, drafted, stopped,
+                    Sampling.of(self.config, seed),
+                )  # fmt: skip
+        except BaseException:
+            abandon(drafter)
+            raise
+        if drafter:
+            drafter.end([] if answer.cancelled else answer.tokens)
+        answer.decode_ms = 1e3 * (perf_counter() - start) - answer.prefill_ms
+        return answer
+
+    def _answer(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        request: Request | None,
+        logits_processor: LogitsProcessorList | None,
+        on_tokens: Callable[[list[int]], None] | None,
+        on_round: Callable[[DraftTree, Verdict, list[int]], None] | None,
+        drafted: Sequence[int],
+        stopped: Callable[[], bool],
+        sampling: Sampling | None,
+    ) -> Generation:
+        """Prefill and rounds; the drafter's request has not ended."""
+        target, drafter, config = self.target, self.drafter, self.config
+        start = perf_counter()
         opening = Opening.of(drafter, request, config, drafted)
-        with ranges.range_("target.prefill", ids.shape[1]):
-            verdict = target.prefill(inputs, logits_processor, opening.riding)
+        with ranges.range_("target.prefill", inputs["input_ids"].shape[1]):
+            verdict = target.prefill(
+                inputs, logits_processor, opening.riding, sampling=sampling
+            )  # fmt: skip
         answer = first_answer(verdict, opening, config)
         first = perf_counter()
         answer.prefill_ms = 1e3 * (first - start)
@@ -133,6 +186,9 @@ class SpeculativeDecoder:
 
         text = opening.text
         while not config.done(answer.tokens):
+            if stopped():
+                answer.cancelled = True
+                break
             clock = perf_counter()
             tree = propose(drafter, text, config, answer.tokens, target.cache.room)
             proposed = perf_counter()
@@ -147,6 +203,7 @@ class SpeculativeDecoder:
                 with ranges.range_("verify.commit", verdict.accepted):
                     target.commit(verdict)
                 committed = perf_counter()
+                self._show(rows, verdict.accepted, committed - proposed)
             if on_round:
                 on_round(tree, verdict, answer.tokens)
             emitted = config.cut(verdict.tokens, len(answer.tokens))
@@ -165,10 +222,29 @@ class SpeculativeDecoder:
                     1e3 * (committed - verified),
                 )
             )
-        if drafter:
-            drafter.end(answer.tokens)
-        answer.decode_ms = 1e3 * (perf_counter() - first)
         return answer
+
+    def _show(self, rows: int, accepted: int, seconds: float) -> None:
+        """What a round cost and saved, in ranges that a profiler sees."""
+        if rows == 1:
+            self._step = min(self._step, seconds)
+        elif ranges.attached() and self._step < math.inf:
+            ranges.mark("verify.overhead", round(1e6 * (seconds - self._step)))
+            ranges.mark("verify.saved", round(1e6 * accepted * self._step))
+
+
+def asked(stop: Stop | None) -> Callable[[], bool]:
+    """`stop` as a question."""
+    if stop is None:
+        return lambda: False
+    return stop.is_set if isinstance(stop, Event) else stop
+
+
+def abandon(drafter: Drafter | None) -> None:
+    """End a request without an answer. What the drafter says to that is not the error to report."""
+    if drafter:
+        with suppress(Exception):
+            drafter.end([])
 
 
 def first_answer(verdict: Verdict, opening: Opening, config: SpecConfig) -> Generation:
@@ -204,5 +280,7 @@ def propose(
     if drafter is None:
         return seed or DraftTree.root(answer[-1])
     with ranges.range_("draft.propose", rows):
+        if seed and isinstance(drafter, PricingDrafter):
+            return drafter.propose(answer, rows, seed)
         tree = drafter.propose(answer, rows)
     return merge([tree, seed], rows) if seed else tree

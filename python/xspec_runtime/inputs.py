@@ -18,17 +18,19 @@ from .models.mini import FRAMES, IMAGE_SIZE, SPECIAL_TOKENS
 from .workloads import MiniPair
 
 
-def check_device(device: str) -> None:
-    """Raise `ValueError` unless `device` is the CPU or a GPU that is there."""
+def check_device(device: str, name: str = "--device") -> None:
+    """Raise `ValueError` unless `device`, which the option `name` gave, is the CPU or a GPU that is
+    there.
+    """
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if not match:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+        raise ValueError(f"{name} must be cpu, cuda or cuda:N, got {device!r}")
     if device != "cpu":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: there is no CUDA device; use --device cpu")
+            raise ValueError(f"{name} {device}: there is no CUDA device; use {name} cpu")
         count = torch.cuda.device_count()
         if int(match[1] or 0) >= count:
-            raise ValueError(f"--device {device}: CUDA devices here are cuda:0 to cuda:{count - 1}")
+            raise ValueError(f"{name} {device}: CUDA devices here are cuda:0 to cuda:{count - 1}")
 
 
 def check_questions(questions: Sequence[str]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 MAX_ROWS = 64  # one int64 of ancestor bits per row
 
 
@@ -90,6 +92,13 @@ class Request:
     prompt_ids: list[int] = field(default_factory=list)
     draft_inputs: Mapping[str, Any] = field(default_factory=dict)
 
+    def inputs_on(self, device: torch.device) -> dict[str, Any]:
+        """`draft_inputs` with their tensors on the draft's device, wherever they were."""
+        return {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in self.draft_inputs.items()
+        }
+
 
 @runtime_checkable
 class Drafter(Protocol):
@@ -107,7 +116,11 @@ class Drafter(Protocol):
         """
 
     def end(self, answer: Sequence[int]) -> None:
-        """The request is over; `answer` is everything the target emitted."""
+        """The request is over; `answer` is everything the target emitted.
+
+        It is empty where the request was cancelled or failed, at whatever point, perhaps before
+        `begin`: then nothing is learned of it.
+        """
 
 
 @runtime_checkable
@@ -118,3 +131,25 @@ class OpeningDrafter(Protocol):
         """At most `rows` tokens of the answer, from its first on; called between `begin` and the
         first `propose`.
         """
+
+
+@runtime_checkable
+class PricingDrafter(Protocol):
+    """A drafter that decides what is worth verifying, of drafts that others made too."""
+
+    def admit(self, drafted: Sequence[int]) -> list[int]:
+        """Of drafts that exist before the prefill, the first ones that shall ride in it."""
+
+    def propose(
+        self, context: Sequence[int], rows: int, seed: DraftTree | None = None
+    ) -> DraftTree:
+        """A tree of at most `rows` nodes, from drafts of its own and from `seed`."""
+
+
+def check_growth(context: Sequence[int], known: int) -> None:
+    """Raise `ValueError` unless `context` holds a token and the `known` ones of the call before."""
+    if len(context) < max(1, known):
+        raise ValueError(
+            f"propose needs a context of at least {max(1, known)} tokens, got {len(context)}; "
+            "call begin first"
+        )

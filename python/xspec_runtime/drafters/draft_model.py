@@ -15,7 +15,7 @@ from .llama_steps import LlamaSteps
 
 
 class ModelDrafter:
-    """A chain of `gamma` tokens from a causal model with the target's vocabulary.
+    """A chain of `gamma` tokens from a causal model with the target's vocabulary, on any device.
 
     The draft reads its own prompt (`Request.draft_inputs`: `input_ids` ``[1, L]`` and media) and
     then the target's committed tokens, so it always continues the verified prefix. Its KV rows of
@@ -51,7 +51,7 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def begin(self, request: Request) -> None:
-        inputs = dict(request.draft_inputs)
+        inputs = request.inputs_on(self.model.device)
         if "input_ids" not in inputs:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
         self.cache.reset()

@@ -57,7 +57,7 @@ class GraphDrafter:
         self.name, self.model, self.gamma, self.prior = name, model, gamma, prior
         self.cache = model.cache
         self._ends = torch.tensor(list(ends), dtype=torch.int64, device=model.device)
-        self._rounds = RoundBuffers(model.device, model.backend, model.max_depth, owner=name)
+        self._rounds = RoundBuffers(model.device, model.backend, model.max_depth)
         self._graphs = Graphs(model.device)
         # Without graphs of its own, the model's ops may wait for the device.
         self._graphs.captures &= model.graphs is not None
@@ -71,7 +71,7 @@ class GraphDrafter:
             ValueError: there is no `input_ids` among the request's `draft_inputs`.
             RuntimeError: it does not fit the cache, or the logits are NaN.
         """
-        inputs = request.draft_inputs
+        inputs = request.inputs_on(self.model.device)
         if "input_ids" not in inputs:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
         self._fed = []
@@ -137,7 +137,7 @@ class GraphDrafter:
         )
         with ranges.range_("draft.decode", len(pending) + budget):
             self._rounds.launch(1, run)
-            tokens = self._rounds.read(1)[0].tokens
+            tokens = self._rounds.read(1)[0].checked(self.name).tokens
         self._fed += pending + tokens[:-1]
         self.cache.advance(len(pending) + len(tokens[:-1]))
         return tokens

@@ -1,0 +1,50 @@
+"""Endurance: random requests and faults; identity with plain decoding, memory that stays flat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.soak import SoakOptions, one_thread, run_soak
+from xspec_runtime.soak_bench import ENGINES
+from xspec_runtime.soak_report import summary
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(options: SoakOptions) -> None:
+    """Run; what an interrupted run has done is written and shown."""
+    console = Console()
+    one_thread()
+    results = run_soak(options, console)
+    for line in summary(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not results["complete"]:
+        raise KeyboardInterrupt(f"after {results['requests']} requests, which are written")
+    if results["wrong"] or results["memory"]["flat"] is False:
+        raise RuntimeError(f"the soak of seed {options.seed} failed")
+
+
+@app.command(cls=Command)
+def main(
+    minutes: Annotated[float, typer.Option(help="Longest run.")] = SoakOptions.minutes,
+    requests: Annotated[int, typer.Option(help="Most requests.")] = SoakOptions.requests,
+    seed: Annotated[int, typer.Option(help="Repeats a run, call by call.")] = 0,
+    engines: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ENGINES),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Soak decoders in random requests for some minutes."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    options = SoakOptions(command, minutes, requests, seed, engines, json_file)
+    run_cli(lambda: run(options), debug)
+
+
+if __name__ == "__main__":
+    app()
