@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc tests/simt tests/nvtx tests/ngram -name '*.c' -o -n
 # How many times as many random cases `make fuzz` runs as `make test`.
 FUZZ ?= 10
 
-.PHONY: setup e2e test fuzz lint gpu-bundle clean
+.PHONY: setup e2e test test-transformers fuzz lint gpu-bundle clean
 
 setup: $(VENV)/.xspec-built
 
@@ -40,6 +40,13 @@ test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile; compiled=$$?; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile; interpreted=$$?; \
 	exit $$((compiled || interpreted))
+
+# The runtime on another version of transformers: make test-transformers V=5.17.0
+V ?= 5.17.0
+test-transformers: setup
+	$(PIP) --no-deps --upgrade --target build/transformers-$(V) transformers==$(V)
+	PYTHONPATH=build/transformers-$(V) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+		tests/test_hf.py tests/test_engine.py tests/test_batch.py tests/test_lossless.py
 
 # Other cases in every run; a failure prints the case and what repeats it.
 fuzz: export XSPEC_FUZZ = $(FUZZ)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
@@ -225,9 +227,27 @@ def tiny_mistral(sliding_window: int | None) -> MistralForCausalLM:
     return MistralForCausalLM(config)
 
 
-def test_sliding_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match="sliding"):
-        TransformersTarget(tiny_mistral(sliding_window=8))
+@pytest.mark.parametrize("window", [2, 8, 33])
+def test_trees_within_a_sliding_window(window: int) -> None:
+    torch.manual_seed(window)
+    model = tiny_mistral(window).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    ids = prompt(3)
+    truth = reference(model, ids, NEW)
+    target = TransformersTarget(model, 256)
+    out = SpeculativeDecoder(target, OracleDrafter(truth, 5), SpecConfig(16, NEW)).generate(
+        {"input_ids": ids}
+    )
+    assert out.tokens == truth and out.tokens_per_verify > 2
+
+
+def test_capped_attention_is_refused() -> None:
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="caps its attention logits"):
+        TransformersTarget(Gemma2ForCausalLM(config))
 
 
 @pytest.mark.parametrize("batch", [2, 3])

@@ -103,16 +103,20 @@ def ask(
         str,
         typer.Option(
             help="The draft works while the video is prepared (window), beside the target's "
-            "prefill too (concurrent), or neither (off)."
+            "prefill too (concurrent), or neither (off). Default: window; concurrent on two "
+            "devices."
         ),
-    ] = "window",
+    ] = "",
+    target_device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    draft_device: Annotated[str, typer.Option(help="The event model's, if another.")] = "",
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Answer a question about an event recording and its video with the embedded pair, as it
     decodes.
     """
+    devices = target_device, draft_device
     run_cli(
-        lambda: _ask(question, events, video, rows, gamma, max_new_tokens, overlap),
+        lambda: _ask(question, events, video, rows, gamma, max_new_tokens, overlap, devices),
         debug,
         "lower --rows, --gamma or --max-new-tokens",
     )
@@ -126,6 +130,7 @@ def _ask(
     gamma: int,
     max_new_tokens: int,
     overlap: str,
+    devices: tuple[str, str],
 ) -> None:
     from .e2e import Options, set_threads
     from .inputs import (
@@ -139,9 +144,18 @@ def _ask(
     from .overlap import Overlap, check_mode
     from .workloads import MiniPair
 
-    options = Options("xspec ask", gamma, rows, max_new_tokens=max_new_tokens)
+    target, draft = devices
+    options = Options(
+        "xspec ask",
+        gamma,
+        rows,
+        max_new_tokens=max_new_tokens,
+        target_device=target,
+        draft_device=draft or target,
+    )
     settings = options.settings()
-    check_mode(overlap, "--overlap")
+    if overlap:
+        check_mode(overlap, "--overlap")
     check_questions([question])
     set_threads(options)
     if video is None:
@@ -167,7 +181,7 @@ def _ask(
             return task.inputs
         return pair.task("ask", question, read_video(video, stop), image).inputs
 
-    work = Overlap(decoder, overlap)
+    work = Overlap(decoder, overlap or None)
     result = work.generate(prepare, task.request, stream, len(frames))
     sys.stdout.write("\n")
     seconds = work.stages.total_ms / 1e3

@@ -57,9 +57,7 @@ class EventGPTConfig(PreTrainedConfig):
         if adaptor_passes not in (1, 2):
             raise ValueError(f"adaptor_passes must be 1 or 2, got {adaptor_passes!r}")
         if event_markers not in MARKERS:
-            raise ValueError(
-                f"event_markers must be {' or '.join(MARKERS)}, got {event_markers!r}"
-            )
+            raise ValueError(f"event_markers must be {' or '.join(MARKERS)}, got {event_markers!r}")
         self.vision_config = (
             vision_config
             if isinstance(vision_config, CLIPVisionConfig)

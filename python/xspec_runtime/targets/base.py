@@ -11,18 +11,21 @@ from transformers import LogitsProcessorList
 from ..drafters.base import DraftTree
 from ..kv_cache import KVCache
 from .greedy import Verdict
+from .sampling import Sampling
+from .windows import Turn
 
 if TYPE_CHECKING:
     from .batch import BatchTarget
 
 
 class Target(Protocol):
-    """A greedy target of batch 1; `TransformersTarget` says what each method does and raises."""
+    """A target of batch 1; `TransformersTarget` says what each method does and raises."""
 
     cache: KVCache
     device: torch.device
     vocab_size: int
     num_layers: int
+    turn: Turn
 
     def batched(self, batch: int) -> BatchTarget: ...
 
@@ -32,6 +35,7 @@ class Target(Protocol):
         logits_processor: LogitsProcessorList | None = None,
         drafted: Sequence[int] = (),
         cache: KVCache | None = None,
+        sampling: Sampling | None = None,
     ) -> Verdict: ...
 
     def forward(self, tree: DraftTree, height: int = 0) -> Any:

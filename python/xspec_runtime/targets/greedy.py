@@ -1,4 +1,7 @@
-"""The greedy decision on verified trees: what is accepted, what is emitted, how close it was."""
+"""The decision on verified trees: what is accepted, what is emitted, how close it was.
+
+Greedy, or where `Draws` are given, sampled; a sampled token is never counted as a near tie.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from transformers import LogitsProcessorList
 from xspec_kernels import VerifyResult, ranges, tree_mask, verify_greedy
 
 from ..drafters.base import MAX_ROWS, DraftTree
+from .sampling import Draws
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class Verdict:
         path, length: the accepted path and its length on the device; absent for a single row and
             for a request of a batch.
         drafted: draft tokens that were verified in a prefill.
+        invalid: the logits on the accepted path were NaN; nothing else here means anything.
     """
 
     tokens: list[int]
@@ -33,6 +38,17 @@ class Verdict:
     path: torch.Tensor | None = None
     length: torch.Tensor | None = None
     drafted: int = 0
+    invalid: bool = False
+
+    def checked(self, owner: str = "target") -> Verdict:
+        """This verdict, on a model that messages call `owner`.
+
+        Raises:
+            RuntimeError: it is invalid.
+        """
+        if self.invalid:
+            raise RuntimeError(f"the {owner}'s logits are NaN: its weights or inputs are damaged")
+        return self
 
 
 class TreeRows(NamedTuple):
@@ -75,35 +91,35 @@ def lay_out(
 
 
 def decide(
-    logits: torch.Tensor, laid: TreeRows, backend: str = "auto"
+    logits: torch.Tensor, laid: TreeRows, backend: str = "auto", draws: Draws | None = None
 ) -> tuple[list[Verdict], VerifyResult]:
     """Verdicts on B trees from logits ``[B, N, V]``; the device's result comes along, for
-    `kv_commit`.
-
-    Raises:
-        RuntimeError: the logits are NaN on an accepted path.
+    `kv_commit`. They may be invalid.
     """
     batch, rows = logits.shape[:2]
-    best, ties = logits.argmax(-1), row_flags(logits)
-    result = verify_greedy(
-        laid.tokens, laid.parents, best, laid.bits, laid.num_rows, backend=backend
-    )
+    if draws:
+        result, ties = draws.verify(logits, laid), torch.zeros_like(laid.tokens)
+    else:
+        best, ties = logits.argmax(-1), row_flags(logits)
+        result = verify_greedy(
+            laid.tokens, laid.parents, best, laid.bits, laid.num_rows, backend=backend
+        )
     # All the host needs comes in one copy, here and below: one wait a round.
     parts = (result.accept_len[:, None], result.accept_path, result.output_ids, ties)
     verdicts = []
     for accepted, *rest in _read(torch.cat(parts, 1)):
         path, emitted, flags = rest[:rows], rest[rows : 2 * rows], rest[2 * rows :]
-        count = count_ties([flags[node] for node in (0, *path[:accepted])])
-        verdicts.append(Verdict(emitted[: accepted + 1], accepted, count))
+        way = [flags[node] for node in (0, *path[:accepted])]
+        verdicts.append(_verdict(emitted[: accepted + 1], way))
     if batch == 1:
         verdicts[0].path, verdicts[0].length = result.accept_path, result.accept_len
     return verdicts, result
 
 
-def decide_steps(logits: torch.Tensor) -> list[Verdict]:
-    """Verdicts on single rows, logits ``[B, V]``: plain decoding. Raises like `decide`."""
-    pairs = _read(torch.stack((logits.argmax(-1), row_flags(logits)), 1))
-    return [Verdict([token], 0, count_ties([flag])) for token, flag in pairs]
+def decide_steps(logits: torch.Tensor, draws: Draws | None = None) -> list[Verdict]:
+    """Verdicts on single rows, logits ``[B, V]``: plain decoding. They may be invalid."""
+    pairs = _read(torch.stack(_next_tokens(logits, draws), 1))
+    return [_verdict([token], [flag]) for token, flag in pairs]
 
 
 def walk(
@@ -111,20 +127,20 @@ def walk(
     logits: torch.Tensor,
     prefix: torch.Tensor,
     processor: LogitsProcessorList,
+    draws: Draws | None = None,
 ) -> Verdict:
-    """The decision where what follows a node depends on the tokens before it: node by node.
+    """The decision where what follows a node depends on the tokens before it: node by node. It may
+    be invalid.
 
     Args:
         logits: ``[N, V]``.
         prefix: ids ``[1, L]`` of prompt and answer, the root's included.
-
-    Raises:
-        RuntimeError: the logits are NaN on the accepted path.
     """
     path, emitted, flags = [0], [], []
     while True:
         scores = processor(prefix, logits[path[-1]][None].to(torch.float32, copy=True))
-        token, flag = _read(torch.stack((scores.argmax(), row_flags(scores)[0])))
+        here = draws and draws.after(len(emitted))
+        ((token, flag),) = _read(torch.stack(_next_tokens(scores, here), 1))
         emitted.append(token)
         flags.append(flag)
         child = tree.child(path[-1], token)
@@ -134,7 +150,17 @@ def walk(
         prefix = torch.cat([prefix, prefix.new_tensor([[token]])], 1)
     accepted = torch.tensor([path[1:]], dtype=torch.int32, device=logits.device)
     length = torch.tensor([len(path) - 1], dtype=torch.int32, device=logits.device)
-    return Verdict(emitted, len(path) - 1, count_ties(flags), accepted, length)
+    verdict = _verdict(emitted, flags)
+    verdict.path, verdict.length = accepted, length
+    return verdict
+
+
+def _next_tokens(logits: torch.Tensor, draws: Draws | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, flags) after rows of logits ``[B, V]``."""
+    if draws is None:
+        return logits.argmax(-1), row_flags(logits)
+    tokens = draws.tokens(logits)
+    return tokens, torch.zeros_like(tokens)
 
 
 def row_flags(logits: torch.Tensor) -> torch.Tensor:
@@ -144,11 +170,12 @@ def row_flags(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(best.isnan(), 2, (best - second < 2 * ulp).long())
 
 
-def count_ties(flags: Sequence[int]) -> int:
-    """Near ties among `flags`; argmax would silently pick a NaN's place, so that is an error."""
-    if 2 in flags:
-        raise RuntimeError("the target's logits are NaN: its weights or inputs are damaged")
-    return sum(flags)
+def _verdict(tokens: list[int], flags: Sequence[int]) -> Verdict:
+    """Of emitted tokens with their flags; argmax would silently pick a NaN's place, a draw is -1
+    there.
+    """
+    invalid = 2 in flags or tokens[-1] < 0
+    return Verdict(tokens, len(tokens) - 1, flags.count(1), invalid=invalid)
 
 
 def _read(values: torch.Tensor) -> list:

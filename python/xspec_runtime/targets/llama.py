@@ -22,13 +22,16 @@ from xspec_kernels import embed, info, require_backend
 
 from ..drafters.base import MAX_ROWS, DraftTree
 from ..kv_cache import KVCache
+from ..nf4_dense import with_dense
 from ..prefill import placeholder_ids, usable
-from .greedy import Verdict, check_ids, walk
+from .greedy import TreeRows, Verdict, check_ids, decide, walk
 from .llama_decoder import LlamaDecoder, Scored
 from .llama_graphs import LlamaGraphs, wants_graphs
 from .llama_inputs import embed_prompt
 from .llama_rounds import RoundBuffers
 from .llama_weights import LlamaWeights
+from .sampling import Draws, Sampling
+from .windows import Turn
 
 if TYPE_CHECKING:
     from .llama_batch import LlamaBatchTarget
@@ -40,7 +43,7 @@ PREFILL_ROWS = 64
 
 
 class LlamaTarget:
-    """Batch-1 greedy target with the methods of `TransformersTarget`.
+    """Batch-1 target with the methods of `TransformersTarget`.
 
     Args:
         model: a loaded model, whose weights are taken and whose towers see the media of a prompt;
@@ -52,8 +55,8 @@ class LlamaTarget:
         share_weights: see `LlamaWeights.of`.
         graphs: a round is one launch, decision and commit included, and so is a prefill: on a GPU
             the replay of a CUDA graph, elsewhere a plain call over the same memory. "auto" does so
-            on a GPU. Requests with logits processors, and prefills into another cache than this
-            target's, are launched op by op.
+            on a GPU. Requests that sample or have logits processors, and prefills into another
+            cache than this target's, are launched op by op.
 
     Raises:
         ValueError: the model is not of the family or uses a feature that is not supported (the
@@ -80,11 +83,14 @@ class LlamaTarget:
         weights = model if given else LlamaWeights.of(model, share_weights)
         self.dtype = weights.embed.dtype
         chosen = _attention_of(backend, self.device.type)
+        if chosen == "torch":
+            weights = with_dense(weights)
         _check_head_dim(weights.shape.head_dim, chosen)
         self.model = None if given else model
         self.backend = backend
         self.vocab_size, self.num_layers = weights.shape.vocab, weights.shape.layers
         self.cache = cache or KVCache(self.num_layers, capacity)
+        self.turn = Turn()
         # A batch has spare rows behind its capacity.
         self.decoder = LlamaDecoder(weights, self.cache.capacity + MAX_ROWS, backend)
         self.max_depth = max_depth
@@ -125,6 +131,7 @@ class LlamaTarget:
         logits_processor: LogitsProcessorList | None = None,
         drafted: Sequence[int] = (),
         cache: KVCache | None = None,
+        sampling: Sampling | None = None,
     ) -> Verdict:
         """Run the prompt, see `TransformersTarget.prefill`.
 
@@ -146,7 +153,8 @@ class LlamaTarget:
         prompt = embed_prompt(inputs, table, self.model, self.backend)
         rows = length + len(drafted)
         padded = min(-(-rows // PREFILL_ROWS) * PREFILL_ROWS, cache.capacity)
-        graphs = self.graphs if cache is self.cache and not logits_processor else None
+        greedy = not logits_processor and not sampling
+        graphs = self.graphs if cache is self.cache and greedy else None
         width = table.shape[1]
         x = graphs.prompt(cache.capacity)[:padded] if graphs else table.new_empty(padded, width)
         x[:length] = prompt
@@ -155,7 +163,7 @@ class LlamaTarget:
             x[length:rows] = embed(tail, table, backend=self.backend)
         x[rows:] = 0
 
-        self._prompt, self._processor = ids, logits_processor
+        self._prompt, self._processor, self._sampling = ids, logits_processor, sampling
         self._caches = self._storage(cache)
         # The prompt's last row is the root: it lies in the cache already.
         tree = DraftTree.chain(-1, drafted)
@@ -184,7 +192,7 @@ class LlamaTarget:
             RuntimeError: it does not fit the cache.
         """
         self.cache.check_room(len(tree))
-        if self.graphs and not self._processor:
+        if self.graphs and not self._wants_logits:
             self._round = None
             return self.graphs.verify([tree], [self.cache.length], height, self._caches)
         self._round = self._rounds.place([tree], [self.cache.length], height)
@@ -192,19 +200,18 @@ class LlamaTarget:
 
     @torch.inference_mode()
     def accept(self, tree: DraftTree, scored: Scored, context: Sequence[int]) -> Verdict:
-        """The greedy decision on `tree`, which the last `forward` `scored`. The rows of the path
+        """The decision on `tree`, which the last `forward` `scored`. The rows of the path
         are in place when this returns, and count from `commit` on.
 
         Raises:
             RuntimeError: the logits are NaN on the accepted path.
         """
-        if self._processor:
-            answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
-            logits = self.decoder.logits(scored.hidden)
-            return walk(tree, logits, torch.cat([self._prompt, answer], 1), self._processor)
+        if self._wants_logits:
+            return self._decide_by_logits(tree, scored, context).checked()
         if self._round is None:
-            return self._rounds.read(1)[0]
-        return self._rounds.decide(self._round, scored.ids, scored.flags, self._caches)[0]
+            return self._rounds.read(1)[0].checked()
+        verdicts = self._rounds.decide(self._round, scored.ids, scored.flags, self._caches)
+        return verdicts[0].checked()
 
     @torch.inference_mode()
     def commit(self, verdict: Verdict) -> None:
@@ -214,8 +221,26 @@ class LlamaTarget:
         else:
             self.cache.commit(verdict.path, verdict.length, verdict.accepted)
 
-    def _score(self, hidden: torch.Tensor) -> Scored:
+    @property
+    def _wants_logits(self) -> bool:
+        """Whether the greedy token is not what the request asks for."""
+        return bool(self._processor or self._sampling)
+
+    def _decide_by_logits(self, tree: DraftTree, scored: Scored, context: Sequence[int]) -> Verdict:
+        logits = self.decoder.logits(scored.hidden)
+        draws, at = None, self._round
+        if self._sampling:
+            asked = [(self._sampling, len(context))]
+            draws = Draws.of(asked, len(logits), self.device, self.backend)
         if self._processor:
+            answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
+            prefix = torch.cat([self._prompt, answer], 1)
+            return walk(tree, logits, prefix, self._processor, draws)
+        laid = TreeRows(at.tokens, at.parents, at.bits, at.depth, at.num_rows)
+        return decide(logits[None], laid, self.backend, draws)[0][0]
+
+    def _score(self, hidden: torch.Tensor) -> Scored:
+        if self._wants_logits:
             return Scored(hidden, None, None)
         return self.decoder.score(hidden, self._round)
 

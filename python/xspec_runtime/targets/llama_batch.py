@@ -27,6 +27,11 @@ class LlamaBatchTarget(BatchTarget):
         self._rounds = RoundBuffers(target.device, target.backend, target.max_depth, batch)
         self._graphs = LlamaGraphs(target.decoder, self._rounds) if target.graphs else None
 
+    def check(self, request: int, tree: DraftTree) -> None:
+        """See `BatchTarget.check`; a tree may also be too deep."""
+        super().check(request, tree)
+        self._rounds.check_depth(tree)
+
     @torch.inference_mode()
     def forward(self, trees: Sequence[DraftTree], height: int = 0) -> Scored:
         """What follows every node of one tree a running request, in one pass; `height` as in
@@ -53,7 +58,7 @@ class LlamaBatchTarget(BatchTarget):
     def accept(
         self, trees: Sequence[DraftTree], scored: Scored, contexts: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """The greedy decisions on `trees`, which the last `forward` `scored`; see
+        """The decisions on `trees`, which the last `forward` `scored`; see
         `BatchTarget.accept`.
         """
         at = self._round
@@ -77,5 +82,5 @@ class LlamaBatchTarget(BatchTarget):
 
     @property
     def _walks(self) -> bool:
-        """Whether a running request has logits processors."""
-        return any(running.processor for running in self._running)
+        """Whether a running request samples or has logits processors."""
+        return any(running.processor or running.sampling for running in self._running)

@@ -58,7 +58,6 @@ class RoundBuffers:
     Args:
         max_depth: 32 or 64, columns of `path_slot`.
         batch: trees a round at most.
-        owner: whose rounds they are, for messages.
 
     Raises:
         ValueError: `max_depth` is neither 32 nor 64.
@@ -70,12 +69,10 @@ class RoundBuffers:
         backend: str,
         max_depth: int,
         batch: int = 1,
-        owner: str = "target",
     ) -> None:
         if max_depth not in (32, 64):
             raise ValueError(f"max_depth must be 32 or 64, got {max_depth}")
         self.backend, self.max_depth, self.device = backend, max_depth, device
-        self.owner = owner
         pinned = device.type == "cuda"
         # Tokens are two words each; every field starts at a multiple of 16 bytes.
         nodes, requests = batch * MAX_ROWS, -(-batch // 4) * 4
@@ -110,7 +107,7 @@ class RoundBuffers:
             ValueError: a tree is too deep.
         """
         for tree in trees:
-            self._check_depth(tree)
+            self.check_depth(tree)
         # A launch whose decision nobody has read may still be reading these numbers.
         self._settle()
         idle = max(batch - len(trees), 0)
@@ -168,19 +165,18 @@ class RoundBuffers:
         return result
 
     def read(self, requests: int) -> list[Verdict]:
-        """Wait for the last launch: its decisions on the first `requests`.
+        """Wait for the last launch: its decisions on the first `requests`, which may be invalid.
 
         Raises:
-            RuntimeError: the logits are NaN on an accepted path.
+            RuntimeError: it has published none.
         """
         with ranges.range_("readback", requests * self._record.shape[1]):
             self._settle()
             records = [read_record(self._record, request) for request in range(requests)]
-        if any(record.status & INVALID for record in records):
-            raise RuntimeError(
-                f"the {self.owner}'s logits are NaN: its weights or inputs are damaged"
-            )
-        return [Verdict(r.tokens, len(r.tokens) - 1, r.near_ties) for r in records]
+        return [
+            Verdict(r.tokens, len(r.tokens) - 1, r.near_ties, invalid=bool(r.status & INVALID))
+            for r in records
+        ]
 
     def place(self, trees: Sequence[DraftTree], lengths: Sequence[int], height: int = 0) -> Round:
         """`trees` behind `lengths` committed rows, each filled up to the tallest or to `height`.
@@ -199,15 +195,12 @@ class RoundBuffers:
         flags: torch.Tensor,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> list[Verdict]:
-        """`tail` and `read`.
-
-        Raises:
-            RuntimeError: the logits are NaN on an accepted path.
-        """
+        """`tail` and `read`; raises like that."""
         self.launch(len(at.tokens), lambda: self.tail(at, ids, flags, caches))
         return self.read(len(at.tokens))
 
-    def _check_depth(self, tree: DraftTree) -> None:
+    def check_depth(self, tree: DraftTree) -> None:
+        """Raise `ValueError` where the tree is too deep."""
         if len(tree) <= self.max_depth:
             return
         depths: list[int] = []

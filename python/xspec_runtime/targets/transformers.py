@@ -30,6 +30,8 @@ from .greedy import (
     row_flags,
     walk,
 )
+from .sampling import SAMPLING_OPS, Draws, Sampling
+from .windows import Turn, Windows
 
 if TYPE_CHECKING:
     from .batch import BatchTarget
@@ -41,7 +43,7 @@ __all__ = ["TransformersTarget", "Verdict", "row_flags"]
 
 
 class TransformersTarget:
-    """Batch-1 greedy target over a causal language model or vision-language model of transformers.
+    """Batch-1 target over a causal language model or vision-language model of transformers.
 
     The cache is static: allocated once at `capacity` rows, at addresses that stay. For several
     requests at once see `targets.batch.BatchTarget`.
@@ -54,8 +56,8 @@ class TransformersTarget:
         cache: use this one, for instance `KVCache.over` a `StaticCache`, and its capacity.
 
     Raises:
-        ValueError: the model slides its attention window or keeps recurrent state, or the backend
-            is unknown.
+        ValueError: the model keeps recurrent state or caps its attention logits, or the backend is
+            unknown.
         RuntimeError: the backend cannot run on the model's device.
     """
 
@@ -67,12 +69,7 @@ class TransformersTarget:
         cache: KVCache | None = None,
     ) -> None:
         text = model.config.get_text_config()
-        unsupported = {t for t in getattr(text, "layer_types", None) or []} - {"full_attention"}
-        if unsupported or getattr(text, "sliding_window", None):
-            raise ValueError(
-                f"{type(model).__name__} uses {sorted(unsupported) or 'a sliding window'}, "
-                "expected full attention in every layer"
-            )
+        self.windows = Windows.of(model)
         require_backend(backend, model.device.type, OPS)
         self.model = model
         self.backend = backend
@@ -98,6 +95,7 @@ class TransformersTarget:
         logits_processor: LogitsProcessorList | None = None,
         drafted: Sequence[int] = (),
         cache: KVCache | None = None,
+        sampling: Sampling | None = None,
     ) -> Verdict:
         """Run the prompt: the first token, or more where drafts that ride along are accepted.
 
@@ -109,11 +107,15 @@ class TransformersTarget:
                 the same pass. Used as far as the cache has room, and up to the first id that the
                 model would replace by media features.
             cache: where the prompt goes; by default this target's own.
+            sampling: of the whole request; None is greedy. Processors come first.
 
         Raises:
             ValueError: `input_ids` is not ``[1, L]``, or an input cannot be extended by `drafted`.
-            RuntimeError: the prompt does not fit the cache, or the logits are NaN.
+            RuntimeError: the prompt does not fit the cache, the logits are NaN, or the backend
+                cannot sample.
         """
+        if sampling:
+            require_backend(self.backend, self.device.type, SAMPLING_OPS)
         ids = check_ids(inputs)
         length = ids.shape[1]
         cache = cache or self.cache
@@ -127,7 +129,8 @@ class TransformersTarget:
             use_cache=True,
             logits_to_keep=len(tree),
         ).logits[0]
-        self._prompt, self._processor = ids, logits_processor
+        self.turn = Turn.of(inputs)
+        self._prompt, self._processor, self._sampling = ids, logits_processor, sampling
         self._laid = lay_out([tree], len(tree), self.device, self.backend) if drafted else None
         verdict = self.accept(tree, logits, [])
         # A chain lies as it is committed; what was rejected is written over.
@@ -155,11 +158,14 @@ class TransformersTarget:
                 rows = height
             self._laid = lay_out([tree], rows, self.device, self.backend)
             tokens, positions = self._laid.tokens, self._laid.depth + cache.length
-            additive = self._additive_mask(self._laid, rows)
+            seen = torch.arange(cache.length, device=self.device)[None]
+            additive = self.windows.masks(
+                self._additive_mask(self._laid, rows), positions, torch.cat([seen, positions], 1)
+            )
             kwargs = {"attention_mask": additive, "xspec_tree": True}
         return self.model(
             input_ids=tokens,
-            position_ids=positions,
+            position_ids=self.turn.positions(positions),
             past_key_values=cache,
             use_cache=True,
             **kwargs,
@@ -167,18 +173,23 @@ class TransformersTarget:
 
     @torch.inference_mode()
     def accept(self, tree: DraftTree, logits: torch.Tensor, context: Sequence[int]) -> Verdict:
-        """The greedy decision on `tree`, whose `logits` the last `forward` gave; nothing is
+        """The decision on `tree`, whose `logits` the last `forward` gave; nothing is
         committed yet. `context` is the answer so far, the root its last token.
 
         Raises:
             RuntimeError: the target's logits are NaN on the accepted path.
         """
+        draws = None
+        if self._sampling:
+            asked = [(self._sampling, len(context))]
+            draws = Draws.of(asked, len(logits), self.device, self.backend)
         if self._processor:
             answer = torch.tensor([context], dtype=self._prompt.dtype, device=self.device)
-            return walk(tree, logits, torch.cat([self._prompt, answer], 1), self._processor)
+            prefix = torch.cat([self._prompt, answer], 1)
+            return walk(tree, logits, prefix, self._processor, draws).checked()
         if logits.shape[0] == 1:
-            return decide_steps(logits)[0]
-        return decide(logits[None], self._laid, self.backend)[0][0]
+            return decide_steps(logits, draws)[0].checked()
+        return decide(logits[None], self._laid, self.backend, draws)[0][0].checked()
 
     @torch.inference_mode()
     def commit(self, verdict: Verdict) -> None:
