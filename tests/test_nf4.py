@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,18 +40,35 @@ def test_recorded_weights_have_bitsandbytes_bits(name, dtype, saved):
     assert hashlib.sha256(bits(found).numpy().tobytes()).hexdigest() == want
 
 
-def test_dequantize_is_the_definition(seed):
-    """Every byte under many scales, one weight at a time."""
-    packed = torch.arange(256, dtype=torch.uint8).repeat(64, 1)
-    scales = torch.exp(3 * torch.randn(64, 8))
-    w = nf4.NF4Weight(packed, scales, torch.float16)
-    high, low = (
-        torch.tensor(nf4.CODE)[(packed >> 4).long()],
-        torch.tensor(nf4.CODE)[(packed & 15).long()],
-    )
-    values = torch.stack([high, low], 2).flatten(1) * scales.repeat_interleave(64, 1)
+EXTREMES = [0.0, 1e-45, 1e-40, 6e-8, 1e-8, 1.0, 65504.0, 1e38, 3.4e38]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 192), (40, 512), (6, 11008)])
+@pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
+def test_dequantize_is_the_definition(rows, width, dtype, seed):
+    """One weight at a time: every byte value under many scales, extreme ones among them."""
+    blocks = rows * width // nf4.BLOCK
+    order = torch.randperm(256 * -(-rows * width // 512))[: rows * width // 2] % 256
+    packed = order.to(torch.uint8).view(rows, -1)
+    scales = torch.exp(3 * torch.randn(blocks))
+    for place, scale in zip(torch.randperm(blocks), EXTREMES, strict=False):
+        scales[place] = scale
+    w = nf4.NF4Weight(packed, scales.view(rows, -1), torch.float16)
+    code = torch.tensor(nf4.CODE)
+    halves = [code[(packed >> 4).long()], code[(packed & 15).long()]]
+    values = torch.stack(halves, 2).flatten(1) * w.scales.repeat_interleave(nf4.BLOCK, 1)
+    assert torch.equal(bits(nf4.dequantize(w, dtype)), bits(values.to(dtype)))
+
+
+def test_every_byte_under_every_scale():
+    """Eight blocks hold all 256 values; each row of them has another scale, from 1e-40 to 1e38."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(2000, 1)
+    scales = (torch.linspace(-40, 38, 2000).double() * math.log(10)).exp().float()[:, None]
+    w = nf4.NF4Weight(packed, scales.repeat(1, 8), torch.float32)
+    table = torch.tensor(nf4.CODE)[[[byte >> 4, byte & 15] for byte in range(256)]]
+    want = table.flatten() * scales
     for dtype in nf4.DTYPES:
-        assert torch.equal(bits(nf4.dequantize(w, dtype)), bits(values.to(dtype)))
+        assert torch.equal(bits(nf4.dequantize(w, dtype)), bits(want.to(dtype)))
 
 
 def bitsandbytes():
@@ -152,6 +170,9 @@ DAMAGE = {
     "truncated state": (lambda t: t.update({KEY: t[KEY][:-9]}), "not JSON: damaged or cut short"),
     "state is no object": (
         lambda t: t.update({KEY: torch.tensor([91, 93], dtype=torch.uint8)}), "expected an object",
+    ),
+    "state without end": (
+        lambda t: t.update({KEY: torch.full((9999,), 91, dtype=torch.uint8)}), "not JSON: damaged",
     ),
     "shape mismatch": (lambda t: state_changed(t, shape=[52, 384]), r"\[52, 384\] and weights"),
     "shape of a vector": (lambda t: state_changed(t, shape=[640]), r"shape \[640\], expected"),
@@ -258,6 +279,19 @@ def test_module_keeps_its_scales_in_float32():
     assert NF4Linear(linear.weight, None, torch.float32)(y.new_ones(1, 64)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_row_of_a_module_is_independent_of_the_others(dense, monkeypatch, seed):
+    """For every M: the last of M rows has the bits that it has alone."""
+    monkeypatch.setenv("XSPEC_EXACT", "1")
+    layer = NF4Linear(nf4.quantize(torch.randn(98, 576)), torch.randn(98))
+    if dense:
+        layer.keep_dense()
+    x = torch.randn(64, 576)
+    for rows in range(1, 65):
+        assert torch.equal(layer(x[:rows])[-1], layer(x[rows - 1 : rows])[0]), rows
+        assert torch.equal(layer(x[None, :rows])[0], layer(x)[:rows]), rows
+
+
 def test_models_that_cannot_be_replaced():
     model = tiny_llama(1)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no Linear4bit"):
@@ -278,6 +312,9 @@ def test_models_that_cannot_be_replaced():
         with pytest.raises(ValueError, match=message):
             replace_linear4bit(model)
         assert isinstance(attention.q_proj, Linear4bit), "unchanged"
+    attention.o_proj.weight.quant_state = None
+    with pytest.raises(ValueError, match=r"o_proj\.weight has no quant_state: it has not been"):
+        replace_linear4bit(model)
 
 
 def test_a_model_saved_by_bitsandbytes(tmp_path):

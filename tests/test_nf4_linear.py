@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from conftest import INTERPRETED
-from linear_cases import DTYPES, EPILOGUES, epilogue, oracle
+from linear_cases import DTYPES, EPILOGUES, EPS, epilogue, flips, oracle, row_norm
 from op_cases import int32
 from xspec_kernels import nf4
 from xspec_kernels.kernels import _product
 from xspec_kernels.kernels import nf4_linear as module
 from xspec_kernels.kernels._nf4_linear_triton import lookup_source, table_source
+from xspec_kernels.kernels._row_norm import RowNorm
 from xspec_kernels.kernels.nf4_linear import nf4_linear
+from xspec_kernels.kernels.norm_act import norm_act
 from xspec_kernels.nf4 import NF4Weight
 from xspec_kernels.tiles import Tile
 from xspec_kernels.workspace import Workspace
@@ -75,18 +77,52 @@ def test_epilogues_and_splits(dtype, name, split_k, op_backend, monkeypatch, rng
         assert not workspace.semaphores("linear.semaphore", 8).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("parts", [None, 3])
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gate"])
+def test_norm_and_squares(gate, parts, dtype, op_backend, monkeypatch, rng):
+    """The composition for torch; for the kernel within its own rounding of that."""
+    if op_backend.name == "cuda":
+        pytest.skip("no CUDA C++ kernel")
+    cut(monkeypatch, split_k=rng.choice([1, 3]))
+    x, w = operands(22, 70, 192, dtype, op_backend.device, "gate" if gate else "double")
+    norm, run = row_norm(x, parts), {"gate": gate, "backend": op_backend.name}
+    normed = norm_act(x, norm.weight, EPS, backend="torch")
+    y, squares = nf4_linear(x, w, int32([20], x.device), norm=norm, with_squares=True, **run)
+    want = nf4_linear(normed, w, **run)
+    if op_backend.name != "triton":
+        assert torch.equal(y, want) and squares is None
+        return
+    change = flips(normed, nf4.dequantize(w, dtype))
+    allowed = 8 * change.unflatten(1, (-1, 2)).sum(2) if gate else change
+    allowed = allowed + 2.01 * HALF_ULP[dtype] * want.double().abs() + 1e-5
+    assert ((y.double() - want.double()).abs() <= allowed)[:20].all()
+    pieces = y[:20].double().split(16 if gate else 32, 1)
+    sums = torch.stack([piece.square().sum(1) for piece in pieces])
+    assert squares.shape == (3, 22) and squares[:, 20:].isnan().all()
+    assert ((squares[:, :20] - sums).abs() <= 4e-6 * sums).all()
+
+
 def check_rows_are_independent(op_backend, w: NF4Weight, counts, dtype=torch.float32) -> None:
-    """Each row alone, among others and moved has the same bits."""
-    K = w.shape[1]
-    x = torch.randn(64, K).to(op_backend.device, dtype)
-    whole = nf4_linear(x, w, backend=op_backend.name)
-    for rows in counts:
-        found = nf4_linear(x[:rows], w, backend=op_backend.name)
-        assert torch.equal(found, whole[:rows]), rows
-    for row in (0, 21, 63):
-        assert torch.equal(nf4_linear(x[row : row + 1], w, backend=op_backend.name)[0], whole[row])
-    order = torch.randperm(64, device=x.device)
-    assert torch.equal(nf4_linear(x[order], w, backend=op_backend.name), whole[order])
+    """Each row alone, among others and moved has the same bits, normalized or not."""
+    x = torch.randn(64, w.shape[1]).to(op_backend.device, dtype)
+    for norm in (None, row_norm(x, 3)):
+
+        def run(rows, norm=norm):
+            own = norm and norm._replace(squares=norm.squares[:, rows].contiguous())
+            y, squares = nf4_linear(
+                x[rows].contiguous(), w, norm=own, with_squares=True, backend=op_backend.name
+            )
+            return y if squares is None else torch.cat([y.float(), squares.T], 1)
+
+        every = list(range(64))
+        whole = run(every)
+        for rows in counts:
+            assert torch.equal(run(every[:rows]), whole[:rows]), rows
+        for row in (0, 21, 63):
+            assert torch.equal(run([row])[0], whole[row])
+        order = torch.randperm(64).tolist()
+        assert torch.equal(run(order), whole[order])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
@@ -224,6 +260,8 @@ W = nf4.quantize(torch.ones(6, 64))
         (X, W, {"bias": torch.zeros(5)}, r"bias has shape \[5\], expected \[6\]"),
         (X, W, {"residual": torch.zeros(3, 5)}, r"residual has shape \[3, 5\], expected \[3, 6\]"),
         (X, W, {"gate": True, "residual": torch.zeros(3, 6)}, "no residual"),
+        (X, W, {"norm": RowNorm(X[0, :5], EPS)}, r"norm.weight has shape \[5\], expected \[64\]"),
+        (X, W, {"norm": RowNorm(X[0], EPS, X)}, r"squares has shape \[3, 64\], expected \[3, 3\]"),
         (X, W, {"backend": "fast"}, "'fast', expected one of"),
     ],
 )  # fmt: skip
@@ -243,4 +281,5 @@ def test_opcheck(seed):
     x, w = operands(3, 6, 64, torch.float32, "cpu")
     nested = [w.nested.code, w.nested.levels]
     given = (x, w.packed, w.scales, nested, 1, None, int32([2]), torch.ones(6), torch.ones(3, 6))
-    torch.library.opcheck(torch.ops.xspec.nf4_linear, (*given, False, [], "auto"))
+    norm = (torch.ones(64), EPS, torch.ones(2, 3), torch.ones(1, 3))
+    torch.library.opcheck(torch.ops.xspec.nf4_linear, (*given, False, *norm, [], "auto"))

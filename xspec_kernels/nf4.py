@@ -11,8 +11,6 @@ values, times the largest magnitude of 256 consecutive scales, plus an offset.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,15 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-BLOCK = 64
-GROUP = 256
-CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from xspec_kernels.nf4_formats import (
+    BLOCK,
+    CODE,
+    DTYPES,
+    GROUP,
+    STATE,
+    Saved,
+    read_state,
+    read_tensors,
+)
+
 # Weights that are dequantized at a time: what then lies in memory stays near the caches.
 _PIECE = 1 << 20
 
@@ -132,16 +132,30 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
     scales, dtype = absmax(w), dtype or w.dtype
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     for rows in pieces(w):
-        out[rows] = dequantize_rows(w.packed[rows], scales[rows], dtype)
+        dequantize_rows(w.packed[rows], scales[rows], dtype, out[rows])
     return out
 
 
-def dequantize_rows(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Some rows of a weight: packed [R, K/2] and float32 scales [R, K/64] -> [R, K]."""
+def dequantize_rows(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Some rows of a weight: packed [R, K/2] and float32 scales [R, K/64] -> [R, K].
+
+    Args:
+        out: contiguous [R, K] of `dtype` to write to.
+    """
     # Two float32 move as one 8-byte word: half as many look-ups.
-    pairs = _pairs(packed.device).index_select(0, packed.reshape(-1).int())
-    values = pairs.view(torch.float32).view(*scales.shape, BLOCK)
-    return values.mul_(scales.unsqueeze(2)).to(dtype).flatten(1)
+    index, pairs = packed.reshape(-1).int(), _pairs(packed.device)
+    direct = out is not None and dtype == torch.float32
+    values = out.view(torch.float64).view(-1) if direct else pairs.new_empty(index.shape)
+    torch.index_select(pairs, 0, index, out=values)
+    values = values.view(torch.float32).view(*scales.shape, BLOCK).mul_(scales.unsqueeze(2))
+    if out is None:
+        return values.to(dtype).flatten(1)
+    return out if direct else out.copy_(values.flatten(1))
 
 
 def absmax(w: NF4Weight) -> torch.Tensor:
@@ -213,30 +227,7 @@ def from_bitsandbytes(weight: torch.Tensor, quant_state: Any, name: str = "weigh
         ValueError: it is not NF4 in blocks of 64 of a matrix [N, K] with K a multiple of 64, its
             parts do not fit together, or bitsandbytes has repacked it for its CPU kernel.
     """
-    if quant_state is None:
-        raise ValueError(f"nf4: {name} has no quant_state: it has not been quantized yet")
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        raise ValueError(
-            f"nf4: {name} is packed for bitsandbytes' CPU kernel, which rounded its scales; "
-            "expected the layout it is saved in: take the weights before the first forward pass"
-        )
-    second = quant_state.state2 if quant_state.nested else None
-    parts = {
-        "absmax": quant_state.absmax,
-        "quant_map": quant_state.code,
-        "quant_type": quant_state.quant_type,
-        "blocksize": quant_state.blocksize,
-        "dtype": str(quant_state.dtype).removeprefix("torch."),
-        "shape": None if quant_state.shape is None else list(quant_state.shape),
-    }
-    if second is not None:
-        parts |= {
-            "nested_absmax": second.absmax,
-            "nested_quant_map": second.code,
-            "nested_blocksize": second.blocksize,
-            "nested_offset": float(quant_state.offset),
-        }
-    return _assembled(name, weight.detach(), parts)
+    return _held(read_state(weight, quant_state, name))
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], name: str) -> NF4Weight:
@@ -250,24 +241,17 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], name: str) -> NF4Weight:
         ValueError: a tensor is missing, the quantization state cannot be read, or as
             `from_bitsandbytes`.
     """
-    fields = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    parts: dict[str, Any] = {
-        field: tensors[f"{name}.{field}"] for field in fields if f"{name}.{field}" in tensors
-    }
-    state = f"{name}.quant_state.bitsandbytes__nf4"
-    if state not in tensors:
-        other = f"{name}.quant_state.bitsandbytes__fp4"
-        found = "FP4 weights" if other in tensors else "no quant_state"
-        raise ValueError(f"nf4: {name} has {found}, expected {state}")
-    if name not in tensors:
-        raise ValueError(f"nf4: {name} is missing, {state} is there")
-    try:
-        values = json.loads(bytes(tensors[state].cpu().flatten().tolist()))
-    except (ValueError, TypeError):
-        raise ValueError(f"nf4: {state} is not JSON: damaged or cut short") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"nf4: {state} is {values!r:.60}, expected an object")
-    return _assembled(name, tensors[name], values | parts)
+    return _held(read_tensors(tensors, name))
+
+
+def is_packed(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
+    """Whether bitsandbytes wrote the weight `name` in 4 bits, though parts of it may be missing."""
+    return any(f"{name}.{part}" in tensors for part in ("absmax", STATE))
+
+
+def _held(saved: Saved) -> NF4Weight:
+    nested = Nested(saved.code, saved.levels) if saved.levels is not None else None
+    return NF4Weight(saved.packed, saved.scales, saved.dtype, nested)
 
 
 @cache
@@ -330,50 +314,3 @@ def _check_alike(what: str, weights: Sequence[NF4Weight]) -> None:
         raise ValueError(
             f"nf4: {what} of weights with different (K, dtype): {sorted(kinds, key=str)}"
         )
-
-
-def _assembled(name: str, weight: torch.Tensor, parts: Mapping[str, Any]) -> NF4Weight:
-    """The parts of a saved weight put together; every one of them is checked."""
-
-    def expect(found: object, wanted: object, what: str) -> None:
-        if found != wanted:
-            raise ValueError(f"nf4: {name} has {what} {found}, expected {wanted}")
-
-    def tensor(field: str, count: int, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
-        value = parts.get(field)
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"nf4: {name}.{field} is missing")
-        expect(value.numel(), count, f"{field} of")
-        if value.dtype not in dtypes:
-            raise ValueError(f"nf4: {name}.{field} is {value.dtype}, expected {dtypes[0]}")
-        return value.detach().reshape(-1).to(weight.device)
-
-    expect(parts.get("quant_type"), "nf4", "quant_type")
-    expect(parts.get("blocksize"), BLOCK, "blocksize")
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if parts.get("dtype") not in dtypes:
-        expect(parts.get("dtype"), " or ".join(dtypes), "dtype")
-    shape = parts.get("shape")
-    sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
-    if not sizes or min(shape) < 1 or shape[1] % BLOCK:
-        expect(shape, f"[N, K] with K a multiple of {BLOCK}", "shape")
-    rows, width = shape
-    packed = weight.contiguous().view(torch.uint8).reshape(-1)
-    expect(2 * packed.numel(), rows * width, f"shape {shape} and weights")
-    code = tensor("quant_map", len(CODE), (torch.float32,))
-    if code.tolist() != list(CODE):
-        raise ValueError(f"nf4: {name}.quant_map is not the codebook of NF4")
-    count = rows * width // BLOCK
-    nested = None
-    if "nested_absmax" in parts:
-        groups = -(-count // GROUP)
-        expect(parts.get("nested_blocksize"), GROUP, "nested_blocksize")
-        offset = parts.get("nested_offset")
-        if type(offset) is not float or not math.isfinite(offset):
-            expect(offset, "a finite number", "nested_offset")
-        largest = tensor("nested_absmax", groups, (torch.float32,))
-        second = tensor("nested_quant_map", 256, (torch.float32,))
-        nested = Nested(second, torch.stack([largest, torch.full_like(largest, offset)]))
-    scales = tensor("absmax", count, (torch.uint8,) if nested else (torch.float32,))
-    packed, scales = packed.view(rows, -1), scales.view(rows, -1).contiguous()
-    return NF4Weight(packed, scales, dtypes[parts["dtype"]], nested)

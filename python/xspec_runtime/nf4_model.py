@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from xspec_kernels import NF4Weight, nf4, nf4_linear
-
-# Above this many rows a GPU dequantizes the whole matrix and multiplies with its library: the
-# kernel would dequantize it once for every 64 rows. From instruction counts, not measured.
-PREFILL_ROWS = 256
+from xspec_kernels import MAX_NODES, NF4Weight, exact, nf4, nf4_linear, prefill_linear
 
 
 class NF4Linear(nn.Module):
@@ -48,13 +44,21 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]"""
+        if self._whole(x) and not exact():
+            return F.linear(x, self.weight.dense, self.bias)
         rows = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype).contiguous()
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        if rows.is_cuda and len(rows) > PREFILL_ROWS:
-            y = F.linear(rows, nf4.dequantize(self.weight, rows.dtype), bias)
-        else:
-            y = nf4_linear(rows, self.weight, bias=bias)
+        few = len(rows) <= MAX_NODES or exact()
+        y = (nf4_linear if few else prefill_linear)(rows, self.weight, bias=bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _whole(self, x: torch.Tensor) -> bool:
+        """Whether torch's own product serves: of a small model, an op's dispatch would take longer
+        than its work.
+        """
+        dense, bias = self.weight.dense, self.bias
+        kinds = {x.dtype, self.compute_dtype or x.dtype, x.dtype if bias is None else bias.dtype}
+        return dense is not None and not x.is_cuda and kinds == {dense.dtype}
 
     def keep_dense(self, dtype: torch.dtype | None = None) -> None:
         """Keep the dequantized weights as well, for a CPU that has the memory."""

@@ -10,16 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .arms import Arm, DecoderArm, HfArm, Task
+from .calibration import calibrate
 from .config import SpecConfig
 from .drafters.base import Drafter, Request
 from .drafters.draft_model import ModelDrafter
 from .drafters.merge import MergedDrafter
 from .drafters.ngram import NgramDrafter, NgramMemory
 from .engine import SpeculativeDecoder
+from .nf4_checkpoint import is_nf4, load_nf4
 from .packing import pack_linears
-from .policy import CONTEXT, PricedDrafter, row_costs
+from .policy import PricedDrafter
 from .targets.base import Target
-from .workloads import MAX_MATCHING_NGRAM, PLAIN, Settings, Workload, build_target
+from .targets.heights import CONTEXT
+from .workloads import MAX_MATCHING_NGRAM, PLAIN, Settings, Workload, build_target, in_nf4
 
 # Answers to unrelated prompts share phrases, not words: short contexts tell little.
 TEXT_LOW_SHARE = 0.3
@@ -39,7 +42,11 @@ def text_workload(
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
 
-    def load(folder: Path):
+    def load(folder: Path, device: str = settings.device):
+        if is_nf4(folder):
+            if settings.weights != "nf4":
+                raise ValueError(f"{folder} is in NF4 already: add --weights nf4")
+            return in_nf4(load_nf4(folder, device, settings.dtype))
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=settings.dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -47,11 +54,12 @@ def text_workload(
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise ValueError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them")
-        return model.eval().to(settings.device).requires_grad_(False)
+        model = model.eval().to(device).requires_grad_(False)
+        return in_nf4(model) if settings.weights == "nf4" else model
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = load(target)
-    draft_model = load(draft) if draft else None
+    draft_model = load(draft, settings.drafting_device) if draft else None
     sizes = [m.config.get_text_config().vocab_size for m in (model, draft_model) if m]
     if len(set(sizes)) > 1:
         raise ValueError(f"target and draft must share a vocabulary, got sizes {sizes}")
@@ -72,7 +80,7 @@ def text_workload(
     capacity = longest + settings.max_new_tokens + settings.rows + settings.gamma + 1
     packed = pack_linears(model) if settings.engine == "transformers" else 0
     runner = build_target(model, settings, capacity)
-    costs = row_costs(runner, settings.rows)
+    costs = calibrate(runner, settings.rows).costs()
     record = {
         "pair": str(target),
         "packed_linears": packed,

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from transformers import LlamaModel, PreTrainedModel
 
 from ..kv_cache import KVCache
+from ..nf4_dense import plain_weight
+from ..nf4_model import NF4Linear
 
 
 class LlamaSteps:
@@ -34,11 +36,11 @@ class LlamaSteps:
         self.layers = [
             (
                 layer.input_layernorm.weight,
-                torch.cat([p.weight for p in _projections(layer.self_attn)]),
-                layer.self_attn.o_proj.weight.T,
+                torch.cat([plain_weight(p) for p in _projections(layer.self_attn)]),
+                plain_weight(layer.self_attn.o_proj).T,
                 layer.post_attention_layernorm.weight,
-                torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
-                layer.mlp.down_proj.weight.T,
+                torch.cat([plain_weight(layer.mlp.gate_proj), plain_weight(layer.mlp.up_proj)]),
+                plain_weight(layer.mlp.down_proj).T,
             )
             for layer in decoder.layers
         ]
@@ -50,10 +52,14 @@ class LlamaSteps:
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
-        """Whether the text part is a Llama without biases, of a plain rotation."""
+        """Whether the text part is a Llama without biases, of a plain rotation; on a GPU, one whose
+        weights are not in NF4, which would be dequantized here.
+        """
         decoder = model.get_decoder()
+        packed = any(isinstance(module, NF4Linear) for module in decoder.modules())
         return (
             type(decoder) is LlamaModel
+            and (model.device.type == "cpu" or not packed)
             and not decoder.config.attention_bias
             and not decoder.config.mlp_bias
             and decoder.config.hidden_act == "silu"
@@ -62,6 +68,10 @@ class LlamaSteps:
 
     def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
         """Feed `tokens` behind the cache's rows; logits ``[V]`` after the last one."""
+        return F.linear(self.hidden(tokens), self.head)
+
+    def hidden(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Feed `tokens`; what the language-model head reads after the last one, ``[D]``."""
         rows = len(tokens)
         start = self.cache.length
         end = start + rows
@@ -74,7 +84,7 @@ class LlamaSteps:
         for weights, kv in zip(self.layers, self.cache.layers, strict=True):
             x = self._layer(x, weights, kv, cos, sin, mask, start, end)
         self.cache.advance(rows)
-        return F.linear(F.rms_norm(x[-1], (x.shape[1],), self.norm, self.eps), self.head)
+        return F.rms_norm(x[-1], (x.shape[1],), self.norm, self.eps)
 
     def _layer(self, x, weights, kv, cos, sin, mask, start: int, end: int) -> torch.Tensor:
         norm, qkv, out, mlp_norm, gate_up, down = weights

@@ -14,4 +14,6 @@ PHASES = {
     "verify": "xspec_runtime.gpu.verify",
     "kernels": "xspec_runtime.gpu.kernels",
     "baseline": "xspec_runtime.gpu.baseline",
+    "nf4": "xspec_runtime.gpu.nf4_bench",
+    "full_size": "xspec_runtime.gpu.full_size",
 }
