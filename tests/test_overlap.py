@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +147,12 @@ def test_concurrent_goes_on_beside_the_prefill(target, ids, truth, monkeypatch):
     prefill = target.prefill
     before = []
 
-    def slow_prefill(*arguments):
+    def slow_prefill(*arguments, **options):
         before.append(len(work.head.tokens))
         deadline = time.monotonic() + 10
         while len(work.head.tokens) < 12 and time.monotonic() < deadline:
             time.sleep(0.001)
-        return prefill(*arguments)
+        return prefill(*arguments, **options)
 
     monkeypatch.setattr(target, "prefill", slow_prefill)
     out = work.generate(lambda stop: {"input_ids": ids}, request_of(ids))
@@ -159,6 +160,16 @@ def test_concurrent_goes_on_beside_the_prefill(target, ids, truth, monkeypatch):
     assert before[0] < 12 and work.stages.hidden_tokens == 12
     # What came during the prefill is in the first round's tree: 8 rows, all right.
     assert out.rounds[0].accepted == 7
+
+
+def test_a_thread_that_starts_late_has_no_text_of_the_last_request(target, ids, monkeypatch):
+    work = overlap(target, "concurrent", limit=6)
+    work.generate(lambda stop: {"input_ids": ids}, request_of(ids))
+    work.head.tokens = [1, 2, 3]
+    monkeypatch.setattr(work.head, "run", lambda *_: None)
+    with ThreadPoolExecutor(1, "xspec-late") as pool:
+        work.head.run_beside(pool, request_of(ids), 6, ())
+        assert work.head.tokens == []
 
 
 def test_the_drafts_prompt_is_read_once(target, ids, monkeypatch):
@@ -188,7 +199,7 @@ def test_errors_surface_once_and_leave_the_decoder_usable(
     work = overlap(target, mode, limit=NEW)
     released = threading.Event()
 
-    def fail(*_: object):
+    def fail(*_: object, **__: object):
         raise KeyboardInterrupt if where == "interrupt" else Boom(where)
 
     def prepare(stop):
@@ -268,9 +279,13 @@ def test_modes_agree_on_the_embedded_pair(clip):
     for mode in MODES:
         work = Overlap(decoder, mode)
 
-        def from_file(stop):
+        def from_file(stop, work=work, waits=mode != "off"):
+            deadline = time.monotonic() + 10
+            while waits and not work.head.tokens and time.monotonic() < deadline:
+                time.sleep(0.001)
             return pair.task("clip", question, read_video(clip, stop), image).inputs
 
+        work.head.clear()
         answers[mode] = [work.generate(from_file, task.request, frames=8).tokens]
         s = work.stages
         assert s.mode == mode and s.drafted_tokens > 0 and s.video_ms > 0

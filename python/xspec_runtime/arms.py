@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from threading import Event
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .drafters.base import DraftTree, Request
 from .engine import Round, SpeculativeDecoder
+from .overlap import Stages
 from .targets.transformers import Verdict
 
 OnRound = Callable[[DraftTree, Verdict, list[int]], None]
@@ -20,16 +22,27 @@ OnRound = Callable[[DraftTree, Verdict, list[int]], None]
 
 @dataclass(slots=True)
 class Task:
-    """One prompt: what the target takes, what the drafters may know, and a name for reports."""
+    """One prompt: what the target takes, what the drafters may know, and a name for reports.
+
+    Attributes:
+        prepare: makes `inputs` anew from a file, where that is part of the request; its argument is
+            set once nobody wants them any more.
+    """
 
     name: str
     inputs: Mapping[str, torch.Tensor]
     request: Request
+    prepare: Callable[[Event], Mapping[str, torch.Tensor]] | None = None
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one arm did with one task; milliseconds of wall time."""
+    """What one arm did with one task; milliseconds of wall time.
+
+    Attributes:
+        prepare_ms: until the target's prefill began, where inputs are made from a file.
+        stages: of an arm that overlaps that with the draft.
+    """
 
     tokens: list[int]
     total_ms: float
@@ -41,6 +54,8 @@ class Outcome:
     rounds: list[Round] = field(default_factory=list)
     prefill_drafted: int = 0
     prefill_accepted: int = 0
+    prepare_ms: float | None = None
+    stages: Stages | None = None
 
 
 class Arm(Protocol):

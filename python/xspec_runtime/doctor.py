@@ -83,9 +83,31 @@ def _backends(console: Console) -> bool:
 
 
 def _caches(console: Console) -> None:
+    from .calibration import cache_folder
+
+    _kernels(console)
+    kept = cache_folder()
+    if kept is None:
+        console.print("calibrations: not kept, XSPEC_CACHE is off")
+        return
+    count = len(list(kept.glob("vm-*.json")))
+    console.print(
+        f"calibrations (v(M) by machine and model): {count or 'none'} in {kept}"
+        f"{f'; clear: rm {kept}/vm-*.json' if count else ''}; XSPEC_CACHE names another folder, or "
+        "off"
+    )
+
+
+def _kernels(console: Console) -> None:
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     if not folder.is_dir():
-        console.print(f"compiled kernels: none ({folder})")
+        console.print(
+            f"compiled kernels: none yet; the first use of each on a GPU compiles it into {folder} "
+            "(TRITON_CACHE_DIR names another), where later processes find it"
+        )
         return
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    console.print(f"compiled kernels: {size / 1e6:.1f} MB in {folder}; clear: rm -r {folder}")
+    console.print(
+        f"compiled kernels: {size / 1e6:.1f} MB in {folder}, compiled once and then read by every "
+        f"process; TRITON_CACHE_DIR names another folder; clear: rm -r {folder}"
+    )

@@ -36,6 +36,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Recorder(Protocol):
@@ -120,6 +121,34 @@ class Captured(Generic[T]):
         result = self.recorder.warm(self._run)
         self._replay, self._result = self.recorder.record(self._run)
         return result
+
+
+class Fork:
+    """Two functions that run at the same time: one on the caller's stream, one on its own.
+
+    Inside a captured function the events between the streams become edges of the graph: both
+    branches follow what came before, and what comes after follows both. They share no memory that
+    either writes, workspaces and semaphores included. Where there is no CUDA, they are two calls.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, main: Callable[[], T], side: Callable[[], S]) -> tuple[T, S]:
+        """Both results; whatever the caller launches next comes after both."""
+        if self._stream is None:
+            beside = side()
+            return main(), beside
+        here = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream):
+                beside = side()
+            return main(), beside
+        finally:
+            # A capture that a branch has left open could not even be given up.
+            here.wait_stream(self._stream)
 
 
 class Graphs:

@@ -12,9 +12,13 @@ import torch
 
 from .drafters.base import Drafter, DraftTree, Request
 from .drafters.draft_model import ModelDrafter
+from .drafters.graph_draft import GraphDrafter
 from .drafters.merge import MergedDrafter, merge
 from .engine import SpeculativeDecoder
 from .prefill import DraftedText
+from .targets.llama_graphs import PrefillPair
+
+_DRAFTS = (ModelDrafter, GraphDrafter)
 
 
 class HeadStart:
@@ -29,7 +33,7 @@ class HeadStart:
         started, ended: when the draft began, and when it last did something.
     """
 
-    def __init__(self, draft: ModelDrafter) -> None:
+    def __init__(self, draft: ModelDrafter | GraphDrafter) -> None:
         self.draft = draft
         self.name = draft.name
         self.tokens: list[int] = []
@@ -45,26 +49,41 @@ class HeadStart:
         self, request: Request, limit: int, ends: Sequence[int], done: Callable[[], bool]
     ) -> None:
         """Read the prompt, then add tokens until there are `limit`, one is in `ends`, or `done`."""
-        self._request, self.tokens, self.times = request, [], []
-        self.started = self.ended = perf_counter()
-        self.draft.begin(request)
-        self.ended = perf_counter()
+        self.start(request)
         while len(self.tokens) < limit and not done():
             if self.tokens:
-                token = self.draft.propose(self.tokens, 2).tokens[1]
+                tokens = self.draft.propose(self.tokens, 2).tokens[1:]
             else:
-                token = self.draft.opening(1)[0]
+                tokens = self.draft.opening(1)
             self.ended = perf_counter()
+            if not tokens:
+                return
+            token = tokens[0]
             self.tokens.append(token)
             self.times.append(self.ended)
             if token in ends:
                 return
+
+    def start(self, request: Request) -> None:
+        """Read the prompt; the decoder's `begin` will find that done."""
+        self.clear()
+        self._request = request
+        self.started = self.ended = perf_counter()
+        self.draft.begin(request)
+        self.ended = perf_counter()
+
+    def clear(self) -> None:
+        """No request, and no text of one."""
+        self._request, self.tokens, self.times = None, [], []
+        self.started = self.ended = 0.0
 
     def run_beside(
         self, pool: ThreadPoolExecutor, request: Request, limit: int, ends: Sequence[int]
     ) -> None:
         """`run` on another thread, and on a GPU on another stream, until `join` or `abandon`."""
         self._stop.clear()
+        # Before the thread starts, nobody may see the last request's text.
+        self.clear()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.draft.model.device))
 
@@ -136,15 +155,24 @@ def head_start_of(decoder: SpeculativeDecoder) -> HeadStart:
         ValueError: the decoder's drafter is no draft model, nor merged with one.
     """
     drafter = decoder.drafter
-    if isinstance(drafter, ModelDrafter):
+    if isinstance(drafter, _DRAFTS):
         drafter = decoder.drafter = HeadStart(drafter)
     if isinstance(drafter, HeadStart):
         return drafter
     parts = drafter.drafters if isinstance(drafter, MergedDrafter) else []
     for i, part in enumerate(parts):
-        if isinstance(part, ModelDrafter):
+        if isinstance(part, _DRAFTS):
             parts[i] = HeadStart(part)
         if isinstance(parts[i], HeadStart):
             return parts[i]
     name = drafter.name if drafter else "plain decoding"
     raise ValueError(f"there is no draft model in {name!r} that could work in the window")
+
+
+def prefill_pair(decoder: SpeculativeDecoder, head: HeadStart) -> PrefillPair | None:
+    """Both models' prefills as one launch, where both are captured on one device; else None."""
+    target, draft = decoder.target, head.draft.model
+    graphs = [getattr(model, "graphs", None) for model in (target, draft)]
+    if None in graphs or target is draft or target.device != draft.device:
+        return None
+    return PrefillPair(*graphs)

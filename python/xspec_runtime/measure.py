@@ -12,6 +12,7 @@ from statistics import mean, median
 from .arms import Arm, Outcome, Task
 from .environment import environment
 from .metrics import accept_histogram, acceptance_rate, gain, tokens_per_verify
+from .overlap import mean_stages
 from .prefill import count_mismatches
 from .workloads import PLAIN, Workload
 
@@ -141,6 +142,7 @@ def summarize(
                 "prefill_drafted": s.outcome.prefill_drafted,
                 "prefill_accepted": s.outcome.prefill_accepted,
                 "identical": s.identical,
+                **({} if s.outcome.prepare_ms is None else {"prepare_ms": s.outcome.prepare_ms}),
             }
             for s in samples
         ],
@@ -152,8 +154,8 @@ def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float)
     rounds = [r for o in outcomes for r in o.rounds]
     total, reference = sum(o.total_ms for o in outcomes), sum(o.total_ms for o in plain)
     have_prefill = all(o.prefill_ms is not None for o in outcomes)
-    decode = [o.total_ms - o.prefill_ms for o in outcomes] if have_prefill else None
-    plain_decode = sum(o.total_ms - o.prefill_ms for o in plain)
+    decode = [_decode_ms(o) for o in outcomes] if have_prefill else None
+    plain_decode = sum(map(_decode_ms, plain))
     ratios = [p.total_ms / o.total_ms for p, o in zip(plain, outcomes, strict=True)]
     per_verify = _tokens_per_verify(outcomes)
     drafted = sum(r.rows - 1 for r in rounds)
@@ -183,7 +185,23 @@ def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float)
         else None,
         "ledger": _ledger(outcomes, step_ms) if drafted else None,
         "timeline": _timeline(outcomes[0]) if rounds else None,
+        **_from_file(outcomes),
     }
+
+
+def _decode_ms(outcome: Outcome) -> float:
+    return outcome.total_ms - outcome.prefill_ms - (outcome.prepare_ms or 0.0)
+
+
+def _from_file(outcomes: list[Outcome]) -> dict[str, object]:
+    """What only arms have that make their inputs from a file."""
+    if any(o.prepare_ms is None for o in outcomes):
+        return {}
+    found: dict[str, object] = {"prepare_ms": median(o.prepare_ms for o in outcomes)}
+    stages = [o.stages for o in outcomes]
+    if all(stages):
+        found["stages"] = mean_stages(stages)
+    return found
 
 
 def _tokens_per_verify(outcomes: list[Outcome]) -> float:
@@ -237,12 +255,18 @@ def _ledger(outcomes: list[Outcome], step_ms: float) -> dict[str, float]:
 
 
 def _timeline(outcome: Outcome) -> list[dict]:
-    """Phases of one sample, back to back as they ran."""
+    """Phases of one sample, back to back as they ran; the draft's text lies `beside` them."""
+    if outcome.stages:
+        out = outcome.stages.spans()
+        clock = outcome.prepare_ms
+    else:
+        out, clock = [], outcome.prepare_ms or 0.0
+        if clock:
+            out.append({"name": "video", "start_ms": 0.0, "end_ms": clock})
     spans = [("prefill", outcome.prefill_ms), ("begin", outcome.begin_ms)]
     for r in outcome.rounds:
         spans += [("propose", r.propose_ms), ("verify", r.forward_ms + r.accept_ms)]
         spans += [("commit", r.commit_ms)]
-    out, clock = [], 0.0
     for name, length in spans:
         if length > 0:
             out.append({"name": name, "start_ms": clock, "end_ms": clock + length})

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 OURS, PLAIN, OTHERS = "#0072B2", "#333333", "#A6A6A6"
 PHASES = {
     "prefill": "#A6A6A6",
+    "video": "#56B4E9",
+    "draft text": "#F0E442",
     "begin": "#CC79A7",
     "propose": "#E69F00",
     "forward": "#0072B2",
@@ -26,7 +28,7 @@ PHASES = {
     "accept": "#D55E00",
     "commit": "#009E73",
 }
-SPARE = ("#56B4E9", "#F0E442", "#000000", "#8C6D31")
+SPARE = ("#000000", "#8C6D31", "#7F3C8D", "#80BA5A")
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -59,7 +61,7 @@ def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
     arms = results["arms"]
     if all(arm["speedup_total"] is None for arm in arms):
         return False
-    figure, axes = _figure(7.5, 0.9 + 0.5 * len(arms))
+    figure, axes = new_figure(7.5, 0.9 + 0.5 * len(arms))
     axes.axvline(1, color=PLAIN, linewidth=1, linestyle="--")
     for row, arm in enumerate(arms):
         color, hatch = _look(arm["name"])
@@ -76,7 +78,7 @@ def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
     axes.margins(x=0.08)
     axes.set_xlabel("speedup of summed times against target (x)")
     _legend(axes, _speedup_entries([arm["name"] for arm in arms]))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _value(axes: Axes, x: float, y: float, label: str, size: int) -> None:
@@ -116,7 +118,7 @@ def draw_histogram(results: Mapping[str, Any], path: Path) -> bool:
     longest = max(int(key) for arm in counted for key in arm["accept_histogram"])
     columns = len(counted) if len(counted) <= 4 else 3
     rows = -(-len(counted) // columns)
-    figure, grid = _figure(3.0 * columns + 0.6, 2.2 * rows + 0.6, rows, columns)
+    figure, grid = new_figure(3.0 * columns + 0.6, 2.2 * rows + 0.6, rows, columns)
     panels = list(grid.flat)
     for axes, arm in zip(panels, counted, strict=False):
         _histogram_panel(axes, arm, longest)
@@ -124,7 +126,7 @@ def draw_histogram(results: Mapping[str, Any], path: Path) -> bool:
         axes.set_visible(False)
     figure.supxlabel("accepted draft tokens in a round", fontsize=10)
     figure.supylabel("share of rounds (%)", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _histogram_panel(axes: Axes, arm: Mapping[str, Any], longest: int) -> None:
@@ -152,15 +154,18 @@ def draw_timeline(results: Mapping[str, Any], path: Path) -> bool:
     if not arms:
         return False
     colors = _phase_colors([span["name"] for arm in arms for span in arm["timeline"]])
-    figure, axes = _figure(9, 1.2 + 0.45 * len(arms))
+    figure, axes = new_figure(9, 1.2 + 0.45 * len(arms))
     for lane, arm in enumerate(arms):
-        for name, color in colors.items():
-            spans = [
-                (span["start_ms"], span["end_ms"] - span["start_ms"])
-                for span in arm["timeline"]
-                if span["name"] == name
-            ]
-            axes.broken_barh(spans, (lane - 0.32, 0.64), color=color, linewidth=0)
+        beside = any(span.get("beside") for span in arm["timeline"])
+        for span in arm["timeline"]:
+            # What ran beside the rest has the lower half of the lane.
+            low, height = (
+                (lane, 0.32) if span.get("beside") else (lane - 0.32, 0.64 - 0.32 * beside)
+            )
+            width = span["end_ms"] - span["start_ms"]
+            axes.broken_barh(
+                [(span["start_ms"], width)], (low, height), color=colors[span["name"]], lw=0
+            )
         end = max(span["end_ms"] for span in arm["timeline"])
         _value(axes, end, lane, f"{end:,.0f} ms", 9)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
@@ -170,7 +175,7 @@ def draw_timeline(results: Mapping[str, Any], path: Path) -> bool:
     axes.margins(x=0.08)
     axes.set_xlim(left=0)
     _legend(axes, [(name, {"color": color}) for name, color in colors.items()])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_verify(results: Mapping[str, Any], path: Path) -> bool:
@@ -188,7 +193,7 @@ def draw_verify(results: Mapping[str, Any], path: Path) -> bool:
     modes = sorted({mode for _, _, mode, _ in lines})
     names = list(dict.fromkeys(backend for _, backend, _, _ in lines))
     colors = dict(zip(names, (OURS, PLAIN, "#D55E00", "#009E73", *SPARE), strict=False))
-    figure, grid = _figure(3.4 * len(prompts) + 0.6, 2.6 * len(modes) + 0.8, len(modes),
+    figure, grid = new_figure(3.4 * len(prompts) + 0.6, 2.6 * len(modes) + 0.8, len(modes),
                            len(prompts))  # fmt: skip
     for (prompt, backend, mode, shape), rows in lines.items():
         axes = grid[modes.index(mode)][prompts.index(prompt)]
@@ -205,7 +210,7 @@ def draw_verify(results: Mapping[str, Any], path: Path) -> bool:
     entries = [(name, {"color": colors[name]}) for name in names]
     figure.legend(handles=_patches(entries), ncols=len(entries), fontsize=9, frameon=False,
                   loc="outside upper left")  # fmt: skip
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _phase_colors(names: list[str]) -> dict[str, str]:
@@ -239,7 +244,7 @@ def _patches(entries: list[tuple[str, dict[str, Any]]]) -> list[Patch]:
     return [Patch(label=label, linewidth=0, **look) for label, look in entries]
 
 
-def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Figure, Any]:
     """A figure that needs no display; with ``rows`` a grid of axes on common scales."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -252,6 +257,6 @@ def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tup
         return figure, figure.subplots(rows, columns, **shared) if rows else figure.subplots()
 
 
-def _save(figure: Figure, path: Path) -> bool:
+def save_figure(figure: Figure, path: Path) -> bool:
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     return True

@@ -62,8 +62,19 @@ _COLUMNS = (
 )
 
 
-def _cells(arm: Mapping[str, Any]) -> list[str]:
-    cells = {column.key: column.show(arm[column.key]) for column in _COLUMNS}
+# Only of runs that start at a video file.
+_PREPARE = _Column(
+    "prepare ms", "prepare_ms", _ms, "until the target's prefill begins; part of TTFT and total"
+)
+
+
+def _columns(results: Results) -> tuple[_Column, ...]:
+    from_file = any("prepare_ms" in arm for arm in results["arms"])
+    return (_PREPARE, *_COLUMNS) if from_file else _COLUMNS
+
+
+def _cells(arm: Mapping[str, Any], columns: Sequence[_Column] = _COLUMNS) -> list[str]:
+    cells = {column.key: column.show(arm.get(column.key)) for column in columns}
     for key in ("identical", "slower"):
         if arm[key] is not None and arm["samples"] is not None:
             cells[key] += f"/{arm['samples']}"
@@ -82,12 +93,13 @@ def render_table(results: Results) -> Table:
     validate_results(results)
     table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm", no_wrap=True, vertical="bottom")
-    for column in _COLUMNS:
+    columns = _columns(results)
+    for column in columns:
         title = column.title.replace(" ", "\n").replace("/", "/\n")
         table.add_column(title, justify="right", overflow="fold")
-    titles = [column.key for column in _COLUMNS]
+    titles = [column.key for column in columns]
     for arm in results["arms"]:
-        name, *cells = _cells(arm)
+        name, *cells = _cells(arm, columns)
         for key in ("speedup_total", "speedup_decode"):
             if arm[key] is not None and arm[key] > 1:
                 cells[titles.index(key)] = f"[green]{cells[titles.index(key)]}[/]"
@@ -121,7 +133,9 @@ def markdown_table(results: Results) -> str:
         ValueError: see `validate_results`.
     """
     validate_results(results)
-    return _table(["arm", *(c.title for c in _COLUMNS)], (_cells(arm) for arm in results["arms"]))
+    columns = _columns(results)
+    rows = (_cells(arm, columns) for arm in results["arms"])
+    return _table(["arm", *(c.title for c in columns)], rows)
 
 
 def _table(titles: Row, rows: Iterable[Row]) -> str:
@@ -140,12 +154,14 @@ def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
     Raises:
         ValueError: see `validate_results`.
     """
-    glossary = "\n".join(f"- **{c.title}**: {c.meaning}." for c in _COLUMNS)
+    glossary = "\n".join(f"- **{c.title}**: {c.meaning}." for c in _columns(results))
     parts = ["# Results", _setting(results), markdown_table(results), glossary]
     parts += [f"![{plot.stem}]({plot.name})" for plot in plots]
     arms = results["arms"]
     if split := [arm for arm in arms if arm["round_split_ms"]]:
         parts += ["## A round, in milliseconds", _split_table(split)]
+    if overlapped := [arm for arm in arms if arm.get("stages")]:
+        parts += ["## Beside the video", _STAGES_NOTE, _stages_table(overlapped)]
     if ledgers := [arm for arm in arms if arm["ledger"]]:
         parts += ["## Ledger, per sample", _LEDGER_NOTE, _ledger_table(ledgers)]
     if counted := [arm for arm in arms if arm["by_accepted"]]:
@@ -155,6 +171,13 @@ def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_STAGES = (
+    *("video_ms", "draft_ms", "window_used_ms", "hidden_tokens", "drafted_tokens", "ttft_ms"),
+)
+_STAGES_NOTE = (
+    "The draft's own text, means over samples: what of it ran while the video was prepared or the "
+    "target's prefill did. The arm without a mode in its name has no draft text before that."
+)
 _LEDGER_NOTE = (
     "tokens saved x step - verify overhead - drafting = net: what one sample gains, in ms."
 )
@@ -187,6 +210,12 @@ def _split_table(arms: Iterable[Mapping[str, Any]]) -> str:
         total = None if None in split else sum(split)
         rows.append([arm["name"], *(_two(value) for value in (*split, total))])
     return _table(["arm", *ROUND_PHASES, "sum"], rows)
+
+
+def _stages_table(arms: Iterable[Mapping[str, Any]]) -> str:
+    rows = [[arm["name"], *(_ms(arm["stages"][key]) for key in _STAGES)] for arm in arms]
+    titles = ["video ms", "draft ms", "hidden ms", "hidden tokens", "tokens", "TTFT ms"]
+    return _table(["arm", *titles], rows)
 
 
 def _ledger_table(arms: Iterable[Mapping[str, Any]]) -> str:

@@ -16,6 +16,10 @@ ARM_NUMBERS = (
 )
 ROUND_PHASES = ("propose", "forward", "accept", "commit")
 LEDGER = ("tokens_saved", "step_ms", "saved_ms", "verify_overhead_ms", "drafting_ms", "net_ms")
+STAGES = (
+    *("video_ms", "draft_start_ms", "draft_ms", "window_used_ms", "hidden_tokens"),
+    *("drafted_tokens", "ttft_ms", "total_ms"),
+)
 BY_ACCEPTED_NUMBERS = ("samples", "share", "median_speedup", "slower")
 VERDICTS = ("slower", "breakeven", "faster")
 
@@ -24,7 +28,7 @@ def validate_results(results: Mapping[str, Any]) -> None:
     """Check a results dictionary of schema ``xspec.e2e/1``.
 
     Figures may be null everywhere (an arm of another library does not know them all), keys may not
-    be missing; only ``timeline`` is optional.
+    be missing; only ``timeline``, ``prepare_ms`` and ``stages`` are optional.
 
     Raises:
         ValueError: names the first missing or wrong field, e.g. ``arms[2].gain``.
@@ -56,6 +60,8 @@ def _arm(arm: Any, where: str) -> None:
     if not _typed(_get(arm, "name", where + "."), str, where + ".name", "a string"):
         raise ValueError(f"{where}.name: expected a name, got an empty string")
     _numbers(arm, ARM_NUMBERS, where)
+    _numbers(arm, ("prepare_ms",) if "prepare_ms" in arm else (), where)
+    _numbers(arm.get("stages"), STAGES, where + ".stages")
     histogram = _get(arm, "accept_histogram", where + ".")
     for key, count in (
         _mapping(histogram, where + ".accept_histogram") if histogram else {}

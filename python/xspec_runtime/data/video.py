@@ -9,7 +9,9 @@ from threading import Event
 import numpy as np
 import torch
 
+from .device_images import preprocess_frames
 from .images import CLIP_MEAN, CLIP_STD, check_fit, check_scale, normalize, resize_frame
+from .staging import StagingBuffers
 from .video_file import Shape, read_frames
 
 MODES = ("uniform", "first-n")
@@ -120,6 +122,43 @@ def preprocess_video(
     )
     np.stack(frames, out=out.numpy())
     return out
+
+
+class DeviceVideo:
+    """`preprocess_video` with the pixels' work on a device: the CPU only decodes.
+
+    Decoded frames go through pinned memory that is used again; resizing and normalizing give the
+    same bits as on the CPU (`device_images`).
+
+    Args:
+        n, mode, size, mean, std, fit: as in `preprocess_video`.
+        device: where the result lies.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        n: int = 8,
+        mode: str = "uniform",
+        size: int = 224,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        fit: str = "crop",
+    ) -> None:
+        check_fit(size, fit)
+        check_scale(mean, std)
+        self._options = (size, mean, std, fit)
+        self._n, self._mode, self._device = n, mode, torch.device(device)
+        self._staging: StagingBuffers | None = None
+
+    def __call__(self, path: str | Path, stop: Event | None = None) -> torch.Tensor:
+        """Float32 ``[n, 3, size, size]`` on the device; raises as `preprocess_video` does."""
+        frames = _frames(path, self._n, self._mode, lambda frame: frame, stop)
+        shape = (len(frames), *frames[0].shape)
+        if self._staging is None or self._staging.shape != shape:
+            self._staging = StagingBuffers(shape, torch.uint8, self._device)
+        pixels = self._staging.upload(lambda host: np.stack(frames, out=host.numpy()))
+        return preprocess_frames(pixels, *self._options)
 
 
 def _frames(

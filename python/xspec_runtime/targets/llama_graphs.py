@@ -10,27 +10,42 @@ has just the rows of the tallest tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from xspec_kernels import ranges
+
 from ..drafters.base import MAX_ROWS, DraftTree
-from ..graphs import Graphs
+from ..graphs import Fork, Graphs
 from .llama_decoder import Caches, LlamaDecoder, Scored
-from .llama_rounds import RoundBuffers
+from .llama_rounds import Round, RoundBuffers
 
 # Prefill graphs kept, one a padded length.
 PREFILL_GRAPHS = 8
 
+Run = Callable[[], Scored]
+
 
 class LlamaGraphs:
-    """Launches over one decoder and its `rounds`; the decision is then there to be read."""
+    """Launches over one decoder and its `rounds`; the decision is then there to be read.
+
+    Attributes:
+        profile: a verify is three launches, each in a range of its own, as ranges inside a graph do
+            not show on replay. Same bits. The environment variable XSPEC_PROFILE=1 sets it at
+            first; it may change between requests.
+    """
 
     def __init__(self, decoder: LlamaDecoder, rounds: RoundBuffers) -> None:
+        self.profile = os.environ.get("XSPEC_PROFILE") == "1"
+        self._phased: dict[tuple, Run] = {}
         self._decoder, self._rounds = decoder, rounds
         self.verifies = Graphs(rounds.device)
         self.prefills = Graphs(rounds.device, PREFILL_GRAPHS, beside=self.verifies)
         self._prompt: torch.Tensor | None = None
+        self._pair: PrefillPair | None = None
 
     def verify(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], height: int, caches: Caches
@@ -47,10 +62,13 @@ class LlamaGraphs:
         rows = max(height, *map(len, trees))
         batch, rows = self._shape(len(trees), rows)
         self._rounds.write(trees, lengths, rows, batch)
-        run = self.verifies.get(
-            (batch, rows, caches[0][0].data_ptr()),
-            lambda: _verify(self._decoder, self._rounds, _first(caches, batch), rows),
-        )
+        key, caches = (batch, rows, caches[0][0].data_ptr()), _first(caches, batch)
+        if self.profile:
+            if key not in self._phased:
+                parts = _parts(self._decoder, self._rounds, caches, rows)
+                self._phased[key] = _phases(self.verifies, key, parts)
+            return self._rounds.launch(batch, self._phased[key])
+        run = self.verifies.get(key, lambda: _verify(self._decoder, self._rounds, caches, rows))
         return self._rounds.launch(batch, run)
 
     def prompt(self, capacity: int) -> torch.Tensor:
@@ -67,11 +85,14 @@ class LlamaGraphs:
         height = MAX_ROWS if self.prefills.captures else len(tree)
         self._rounds.write([tree], [length - 1], height)
         x = self._prompt[:rows]
-        run = self.prefills.get(
-            (rows, height, caches[0][0].data_ptr()),
-            lambda: _prefill(self._decoder, self._rounds, caches, x, height),
-        )
-        return self._rounds.launch(1, run)
+        key = (rows, height, caches[0][0].data_ptr())
+
+        def make() -> Run:
+            return _prefill(self._decoder, self._rounds, caches, x, height)
+
+        if self._pair:
+            return self._pair.launch(self._rounds, key, make)
+        return self._rounds.launch(1, self.prefills.get(key, make))
 
     def _shape(self, requests: int, rows: int) -> tuple[int, int]:
         """(B, N) of the round that holds so many requests with so many rows each."""
@@ -80,6 +101,81 @@ class LlamaGraphs:
         batch = min(_power_of_two(requests), self._rounds.batch)
         blocks = _power_of_two(-(-batch * rows // MAX_ROWS))
         return batch, min(MAX_ROWS, blocks * MAX_ROWS // batch)
+
+
+class PrefillPair:
+    """Prefills of a target and of a draft as one launch of a graph with two branches.
+
+    The target's prefill is held back until the draft asks for its own; then both run, and each
+    publishes to its own record.
+
+    Args:
+        target, draft: of different decoders on one device, both with graphs.
+
+    Raises:
+        ValueError: they are the same, or lie on two devices.
+    """
+
+    def __init__(self, target: LlamaGraphs, draft: LlamaGraphs) -> None:
+        device = target.verifies.device
+        if target is draft or device != draft.verifies.device:
+            raise ValueError(
+                "a pair of prefills needs two targets on one device, got "
+                f"{'one' if target is draft else f'{device} and {draft.verifies.device}'}"
+            )
+        self._target, self._draft = target, draft
+        # All are kept: dropping one would clear the workspace of the stream that they all fork to.
+        # They share a pool, so one more costs its nodes and no memory for activations.
+        self._graphs = Graphs(device)
+        self._fork = Fork(device)
+        self._begin: Callable[[], object] | None = None
+        self._held: tuple[RoundBuffers, tuple, Callable[[], Run]] | None = None
+        self._scored: Scored | None = None
+
+    @contextmanager
+    def beside(self, begin: Callable[[], object]) -> Iterator[None]:
+        """While this lasts, the target's next prefill takes along the one that `begin` runs on the
+        draft. A prefill that is no graph leaves `begin` uncalled.
+        """
+        self._begin = begin
+        self._target._pair = self
+        try:
+            yield
+        finally:
+            self._target._pair = self._draft._pair = None
+            self._begin = self._held = self._scored = None
+
+    def launch(self, rounds: RoundBuffers, key: tuple, make: Callable[[], Run]) -> Scored:
+        """A prefill of either: the target's waits for the draft's, whose call launches both.
+
+        Raises:
+            RuntimeError: `begin` ran no prefill on the draft.
+        """
+        if self._held:
+            return self._both(rounds, key, make)
+        begin, self._begin = self._begin, None
+        self._held = rounds, key, make
+        self._target._pair, self._draft._pair = None, self
+        try:
+            begin()
+        finally:
+            self._draft._pair = self._held = None
+        if self._scored is None:
+            raise RuntimeError("the draft began without a prefill on its graphs")
+        return self._scored
+
+    def _both(self, rounds: RoundBuffers, key: tuple, make: Callable[[], Run]) -> Scored:
+        first, first_key, first_make = self._held
+        self._draft._pair = self._held = None
+        fork = self._fork
+
+        def make_both() -> Callable[[], tuple[Scored, Scored]]:
+            main, side = first_make(), make()
+            return lambda: fork(main, side)
+
+        run = self._graphs.get((first_key, key), make_both)
+        self._scored, beside = first.launch(1, lambda: rounds.launch(1, run))
+        return beside
 
 
 def _power_of_two(count: int) -> int:
@@ -94,12 +190,51 @@ def _first(caches: Caches, batch: int) -> Caches:
 def _verify(
     decoder: LlamaDecoder, rounds: RoundBuffers, caches: Caches, rows: int
 ) -> Callable[[], Scored]:
+    layers, head, tail = _parts(decoder, rounds, caches, rows)
+    return lambda: tail(*head(*layers()))
+
+
+def _parts(
+    decoder: LlamaDecoder, rounds: RoundBuffers, caches: Caches, rows: int
+) -> tuple[Callable, Callable, Callable]:
+    """A verify in three: each takes what the one before returns."""
     batch = len(caches[0][0])
 
-    def run() -> Scored:
+    def layers() -> tuple[torch.Tensor, Round]:
         at = rounds.load(batch, rows)
-        scored = decoder.score(decoder.step(at, caches), at)
+        return decoder.step(at, caches), at
+
+    def head(hidden: torch.Tensor, at: Round) -> tuple[Scored, Round]:
+        return decoder.score(hidden, at), at
+
+    def tail(scored: Scored, at: Round) -> Scored:
         rounds.tail(at, scored.ids, scored.flags, caches)
+        return scored
+
+    return layers, head, tail
+
+
+def _phases(graphs: Graphs, key: tuple, parts: tuple[Callable, Callable, Callable]) -> Run:
+    """`parts` as a launch each, in ranges."""
+    layers, head, tail = parts
+    held: dict[str, tuple] = {}
+    first = graphs.get((*key, "layers"), lambda: layers)
+    second = graphs.get((*key, "head"), lambda: lambda: head(*held["layers"]))
+    third = graphs.get((*key, "tail"), lambda: lambda: tail(*held["head"]))
+    rows, captured = key[0] * key[1], not graphs.captures
+
+    def run() -> Scored:
+        nonlocal captured
+        for name, part in (("layers", first), ("head", second)):
+            with ranges.range_(f"verify.{name}", rows):
+                held[name] = part()
+                if not captured:
+                    # A first call returns other memory than replays fill, which the next part is
+                    # to read; what these two do may be done twice.
+                    held[name] = part()
+        with ranges.range_("verify.tail", rows):
+            scored = third()
+        captured = True
         return scored
 
     return run
