@@ -197,4 +197,4 @@ print(len(ranges.NAMES))
 """
     result = run(block + code)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == len(ranges.NAMES) == 13
+    assert int(result.stdout) == len(ranges.NAMES) == 18

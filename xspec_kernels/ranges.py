@@ -4,18 +4,25 @@
         ...
 
 Names come from `NAMES`, so that a timeline holds no stray ones. NVTX takes a payload when a range
-opens: `verify` carries the rows that go in, and the accepted draft tokens that come out are the
-payload of the `verify.commit` that follows.
+opens: `verify` carries the rows that go in, and what comes out is the payload of ranges within it:
+`verify.commit` has the accepted draft tokens, and the empty `verify.overhead` and `verify.saved`
+have microseconds, where the cost of a plain step is known by then.
 
 Ranges go through the `nvtx` package or, without it, the native module; if neither is there, or no
-tool was attached when this module was imported, they do nothing. They nest per thread.
+tool was attached when this module was imported, they do nothing. They nest per thread. `listening`
+has them go elsewhere too: into a list (`Events`), or into a torch.profiler trace (`TorchProfiler`).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from threading import get_ident, local
+from time import perf_counter_ns
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
 
 from xspec_kernels import _native
 
@@ -36,8 +43,13 @@ NAMES: dict[str, str] = {
     "target.decode": "rows: 1, a round without drafts",
     "verify": "rows, root included",
     "verify.forward": "rows, root included",
+    "verify.layers": "rows of the launch; profile mode only",
+    "verify.head": "rows of the launch; profile mode only",
+    "verify.tail": "rows of the launch; profile mode only",
     "verify.accept": "rows, root included",
     "verify.commit": "accept_len",
+    "verify.overhead": "microseconds of the verify beyond a plain step; empty",
+    "verify.saved": "microseconds of the plain steps that accept_len stands for; empty",
     "readback": "values copied to the host",
 }
 """Every range and what its payload means."""
@@ -50,8 +62,8 @@ _COLORS = {
 }
 
 
-class _Tool(Protocol):
-    """Where ranges go."""
+class Tool(Protocol):
+    """Where ranges go. A tool may see a `pop` whose `push` came before it listened."""
 
     def push(self, name: str, payload: int | None) -> None: ...
 
@@ -85,11 +97,80 @@ class _Native:
         self._push(name, _color(name), payload)
 
 
+class Event(NamedTuple):
+    """One range: nanoseconds of `time.perf_counter_ns`, and the thread that opened it."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+    payload: int | None
+    thread: int
+
+
+class Events:
+    """A tool that keeps every range of this process in `found`, in the order they closed."""
+
+    def __init__(self) -> None:
+        self.found: list[Event] = []
+        self._here = local()
+
+    def push(self, name: str, payload: int | None) -> None:
+        """The range's clock starts after everything else here."""
+        if not hasattr(self._here, "stack"):
+            self._here.stack = []
+        self._here.stack.append((name, payload, perf_counter_ns()))
+
+    def pop(self) -> None:
+        """The innermost range of this thread is complete."""
+        end = perf_counter_ns()
+        if stack := getattr(self._here, "stack", None):
+            name, payload, start = stack.pop()
+            self.found.append(Event(name, start, end, payload, get_ident()))
+
+
+class TorchProfiler:
+    """A tool that shows ranges to torch.profiler as `xspec:verify#6`, the payload last: a trace
+    keeps no other argument of an annotation.
+    """
+
+    def __init__(self) -> None:
+        self._here = local()
+
+    def push(self, name: str, payload: int | None) -> None:
+        """An annotation opens."""
+        if not hasattr(self._here, "stack"):
+            self._here.stack = []
+        label = f"{DOMAIN}:{name}" + ("" if payload is None else f"#{payload}")
+        opened = torch.profiler.record_function(label)
+        opened.__enter__()
+        self._here.stack.append(opened)
+
+    def pop(self) -> None:
+        """The innermost one of this thread closes."""
+        if stack := getattr(self._here, "stack", None):
+            stack.pop().__exit__(None, None, None)
+
+
+class _Several:
+    """Tools that hear the same ranges; those that close last opened first."""
+
+    def __init__(self, tools: tuple[Tool, ...]) -> None:
+        self._tools = tools
+
+    def push(self, name: str, payload: int | None) -> None:
+        for tool in self._tools:
+            tool.push(name, payload)
+
+    def pop(self) -> None:
+        for tool in reversed(self._tools):
+            tool.pop()
+
+
 def _color(name: str) -> int:
     return _COLORS[name.split(".")[0]]
 
 
-def _attached() -> _Tool | None:
+def _attached() -> Tool | None:
     """The tool that listens, or None."""
     if _nvtx is not None:
         domain = _nvtx.get_domain(DOMAIN)
@@ -139,6 +220,20 @@ def attached() -> bool:
     return _TOOL is not None
 
 
+@contextmanager
+def listening(*tools: Tool) -> Iterator[None]:
+    """While this lasts, `tools` hear the ranges of every thread, and what listens already does
+    too. The last one is nearest to what it measures.
+    """
+    global _TOOL
+    before = _TOOL
+    _TOOL = _Several((*([before] if before else []), *tools))
+    try:
+        yield
+    finally:
+        _TOOL = before
+
+
 def range_(name: str, payload: int | None = None) -> AbstractContextManager[None]:
     """A context manager: the range `name` around its block.
 
@@ -165,6 +260,12 @@ def pop() -> None:
     """Close the innermost range of this thread."""
     if _TOOL is not None:
         _TOOL.pop()
+
+
+def mark(name: str, payload: int) -> None:
+    """An empty range, for its payload; see `range_`."""
+    push(name, payload)
+    pop()
 
 
 def _reject(name: str) -> NoReturn:

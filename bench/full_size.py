@@ -1,0 +1,64 @@
+"""Both 7B models at full size with random weights; accepted lengths imposed from a recording."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.files import check_output, write_json
+from xspec_runtime.full_size.run import Options, run_full_size
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(options: Options, json_file: Path | None) -> None:
+    """Run, print, and keep the figures."""
+    console = Console()
+    if json_file:
+        check_output(json_file)
+    results = run_full_size(
+        options, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
+    if json_file:
+        write_json(json_file, results)
+
+
+@app.command(cls=Command)
+def main(
+    weights: Annotated[str, typer.Option(help="nf4 or bf16.")] = Options.weights,
+    shape: Annotated[str, typer.Option(help="full, or tiny on the CPU.")] = Options.shape,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Recorded answers of both models: give both oracles.")
+    ] = None,
+    oracle: Annotated[
+        Path | None, typer.Option(help="Accepted lengths of the memory tree: --trace of e2e.py.")
+    ] = None,
+    draft_oracle: Annotated[
+        Path | None, typer.Option(help="Of the draft's first chain: lines, or counts by length.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the memory tree.")] = Options.rows,
+    gamma: Annotated[int, typer.Option(help="Draft tokens before the prefill.")] = Options.gamma,
+    window_ms: Annotated[float, typer.Option(help="In which the CPU prepares the video.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+    peers: Annotated[bool, typer.Option(help="Run transformers' arms too.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Time every way of answering one request at the sizes of the 7B pair."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    device = "cpu" if shape == "tiny" else "cuda"
+    options = Options(
+        weights, shape, pairs, oracle, draft_oracle, rows, gamma, window_ms, device, seed, peers,
+        command,
+    )  # fmt: skip
+    run_cli(lambda: run(options, json_file), debug, "use --weights nf4, or --no-peers")
+
+
+if __name__ == "__main__":
+    app()

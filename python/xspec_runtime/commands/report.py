@@ -1,0 +1,49 @@
+"""`xspec report`: a profiler's recording as one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..cli import Command, app, run_cli
+
+
+@app.command(cls=Command)
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Nsight Systems SQLite exports, torch.profiler traces (JSON) or our own events "
+            "(JSON lines); several stand side by side."
+        ),
+    ],
+    step_ms: Annotated[
+        float | None,
+        typer.Option(help="A plain step of the target; by default the recording's own."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Figures as JSON.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Say what verifies cost, what rests between them, and whether drafting paid."""
+    run_cli(lambda: _report(files, step_ms, json_file), debug)
+
+
+def _report(files: list[Path], step_ms: float | None, json_file: Path | None) -> None:
+    from ..files import check_output, write_json
+    from ..profiling.figures import figures, read_timeline
+    from ..profiling.table import tables
+
+    if json_file:
+        check_output(json_file)
+    found = [figures(read_timeline(path), step_ms) for path in files]
+    console = Console()
+    for table in tables([path.name for path in files], found):
+        console.print(table)
+    for path, one in zip(files, found, strict=True):
+        for note in one["notes"]:
+            console.print(f"{path.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        write_json(json_file, dict(zip(map(str, files), found, strict=True)))

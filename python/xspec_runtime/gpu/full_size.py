@@ -1,0 +1,44 @@
+"""Phase `full_size`: both 7B models in one request, accepted lengths imposed from a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from .bundle import RECORDINGS, carried
+from .forward import need_transformers
+from .parts import Context, Options, Part, Skip
+
+# In the bundle, where somebody put it: recorded counts by accepted length of another first chain
+# than the draft's own text, for instance an adapter's.
+DRAFT_ACCEPTED = "draft_accepted.json"
+
+
+def parts(options: Options) -> list[Part]:
+    """One for each kind of weights; bitsandbytes is needed for the users' stack in NF4."""
+    folders = list(carried(options.bundle, "bitsandbytes").values())[:1]
+    paths = tuple(str(folder) for folder in folders if folder)
+    return [
+        Part("full_size", weights, partial(arms, weights), 90, paths if weights == "nf4" else ())
+        for weights in ("nf4", "bf16")
+    ]
+
+
+def arms(weights: str, context: Context) -> Iterator[dict]:
+    """Figures of every arm; see `xspec_runtime.full_size.run`."""
+    need_transformers()
+    from ..full_size import run
+
+    options, pairs = context.options, context.options.bundle / RECORDINGS[0]
+    if options.dry_run:
+        asked = run.Options(weights, "tiny", device="cpu", seed=options.seed)
+    elif pairs.is_file():
+        counts = options.bundle / DRAFT_ACCEPTED
+        asked = run.Options(
+            weights, pairs=pairs, draft_oracle=counts if counts.is_file() else None,
+            device=options.device, seed=options.seed,
+        )  # fmt: skip
+    else:
+        raise Skip(f"{pairs} is not there: accepted lengths are recorded ones")
+    found = run.run_full_size(asked, context.log)
+    yield {key: found[key] for key in ("notice", "oracles", "skipped", "shape", "arms")}
