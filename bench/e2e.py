@@ -45,13 +45,35 @@ def main(
         Path | None, typer.Option(help="Event stream (.npy) instead of scenes.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Video that goes with --events.")] = None,
+    overlap: Annotated[
+        str,
+        typer.Option(
+            help="Count from the video file on, the draft's text in the window, concurrent, off, "
+            "or several of them. Default: window with --video. Scenes are written to files first."
+        ),
+    ] = "",
     engine: Annotated[
         str, typer.Option(help="The target's kernels: transformers' own, or llama for ours.")
     ] = "transformers",
+    weights: Annotated[
+        str, typer.Option(help="float as they are stored, or nf4: every model in 4 bits.")
+    ] = "float",
     prefill_fused: Annotated[
         str, typer.Option(help="Drafts in the target's prefill: off, exact or fast.")
     ] = "exact",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    target_device: Annotated[str, typer.Option(help="The target's, if another.")] = "",
+    draft_device: Annotated[str, typer.Option(help="The draft's, if another.")] = "",
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `xspec train hidden` runs; each level there is an arm more."),
+    ] = None,
+    adapter_level: Annotated[
+        str, typer.Option(help="Only these levels: L1 to L5, L5F, B1, EAGLE, comma-separated.")
+    ] = "",
+    adapter: Annotated[
+        str, typer.Option(help="Of several runs of a level: latest or starred; default: starred.")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Selects the test scenes.")] = 0,

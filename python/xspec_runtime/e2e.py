@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from .data.captions import QUESTIONS
 from .errors import out_of_memory
 from .files import JsonLines, check_output, read_lines, write_json
 from .inputs import check_device, check_lengths, check_questions, read_recording
-from .measure import check_arms, run_interleaved, summarize
+from .measure import Sample, check_arms, run_interleaved, summarize
 from .report import print_table, write_results
 from .targets.transformers import OPS
 from .text_workload import text_workload
-from .workloads import ENGINES, MiniPair, Settings, Workload
+from .video_workload import from_file, overlap_modes, reader, scene_videos
+from .workloads import ENGINES, WEIGHTS, MiniPair, Settings, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,9 +45,16 @@ class Options:
     questions: Path | None = None
     events: Path | None = None
     video: Path | None = None
+    overlap: str = ""
     prefill_fused: str = "exact"
     engine: str = "transformers"
+    weights: str = "float"
     device: str = "cpu"
+    target_device: str = ""
+    draft_device: str = ""
+    adapters: Path | None = None
+    adapter_level: str = ""
+    adapter: str = ""
     dtype: str = "float32"
     backend: str = "auto"
     seed: int = 0
@@ -83,16 +92,22 @@ class Options:
             )
         if self.engine not in ENGINES:
             raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         check_device(self.device)
+        target = self.target_device or self.device
+        check_device(target, "--target-device")
+        check_device(self.draft_device or self.device, "--draft-device")
         try:
             ops = OPS if self.engine == "transformers" else None
-            require_backend(self.backend, torch.device(self.device).type, ops)
+            require_backend(self.backend, torch.device(target).type, ops)
         except (ValueError, RuntimeError) as error:
             named = "XSPEC_BACKEND" if self.backend == "auto" else "--backend"
             raise type(error)(f"{named}: {error}") from None
         names = self.arm_names()
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"--arms names {twice[0]} more than once")
+        self.overlap_modes()
         if self.video and not self.events:
             raise ValueError("--video goes with --events: the draft needs an event stream")
         return Settings(
@@ -101,10 +116,23 @@ class Options:
             self.max_new_tokens,
             self.prefill_fused,
             self.engine,
-            self.device,
+            self.weights,
+            target,
             DTYPES[self.dtype],
             self.backend,
+            self.draft_device or self.device,
+            self.adapters,
+            self.adapter_level,
+            self.adapter,
         )
+
+    def overlap_modes(self) -> list[str]:
+        """How the draft may work beside the preparation of a video; none where none is read.
+
+        Raises:
+            ValueError: see `video_workload.overlap_modes`.
+        """
+        return overlap_modes(self.overlap, self.video, self.events, self.target)
 
     def arm_names(self) -> list[str]:
         """The arms asked for; none stands for all."""
@@ -126,6 +154,23 @@ def run_e2e(options: Options) -> dict:
     options.check_outputs()
     set_threads(options)
     workload = build_workload(options, settings)
+    with workload.files:
+        names, samples = _measure(options, workload, console)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
+    results = summarize(samples, names, workload, config, config.pop("command"))
+    paths = write_results(results, options.output_dir)
+    if options.json_file:
+        write_json(options.json_file, results)
+    print_table(results, console)
+    _print_notes(console, results, workload)
+    console.print("written:", ", ".join(str(p) for p in paths), highlight=False, soft_wrap=True)
+    return results
+
+
+def _measure(
+    options: Options, workload: Workload, console: Console
+) -> tuple[list[str], list[Sample]]:
+    """The names of the arms, and every sample, with a progress bar."""
     names = options.arm_names() or list(workload.arms)
     check_arms(workload, names)
     steps = len(names) * (len(workload.tasks) + min(options.warmup, len(workload.tasks)))
@@ -144,15 +189,7 @@ def run_e2e(options: Options) -> dict:
             lambda: bar.advance(task),
             lines.write if options.trace else None,
         )
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    results = summarize(samples, names, workload, config, config.pop("command"))
-    paths = write_results(results, options.output_dir)
-    if options.json_file:
-        write_json(options.json_file, results)
-    print_table(results, console)
-    _print_notes(console, results, workload)
-    console.print("written:", ", ".join(str(p) for p in paths), highlight=False, soft_wrap=True)
-    return results
+    return names, samples
 
 
 def set_threads(options: Options) -> None:
@@ -166,6 +203,8 @@ def build_workload(options: Options, settings: Settings) -> Workload:
     if options.target != "mini":
         if options.questions or options.events:
             raise ValueError("--questions and --events go with the embedded pair, not --target DIR")
+        if options.adapters or options.adapter_level:
+            raise ValueError("--adapters goes with the embedded pair, not --target DIR")
         if options.prompts is None:
             raise ValueError("--target DIR is a text model and needs --prompts FILE")
         prompts = read_lines(options.prompts)
@@ -183,13 +222,19 @@ def build_workload(options: Options, settings: Settings) -> Workload:
     if options.events:
         frames, image = read_recording(options.events, options.video)
     pair = MiniPair(settings, options.draft or "draft")
+    modes, files = options.overlap_modes(), ExitStack()
     if options.events:
         asked = questions[: options.samples]
-        tasks = [pair.task(f"question {i}", q, frames, image) for i, q in enumerate(asked)]
+        read = reader(options.video) if options.video else None
+        tasks = [pair.task(f"question {i}", q, frames, image, read) for i, q in enumerate(asked)]
+    elif modes:
+        tasks = scene_videos(pair, files, options.samples, options.seed, questions)
     else:
         tasks = pair.scene_tasks(options.samples, options.seed, questions)
     check_lengths(pair, tasks)
-    return pair.workload(tasks)
+    workload = pair.workload(tasks)
+    workload.files = files
+    return from_file(pair, workload, modes) if modes else workload
 
 
 def _loading_error(options: Options, error: Exception) -> Exception:
@@ -226,4 +271,9 @@ def _print_notes(console: Console, results: dict, workload: Workload) -> None:
         for arm in results["arms"]
         if arm["identical"] < arm["samples"]
     ]
+    if modes := sorted({a["stages"]["mode"] for a in results["arms"] if a.get("stages")}):
+        console.print(
+            "times are from the video file to the last token; NAME_MODE: the draft writes text in "
+            f"that mode ({', '.join(modes)}), NAME: no draft text before the target's first token"
+        )
     console.print("not identical to the target:", ", ".join(different) if different else "none")

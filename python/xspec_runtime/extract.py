@@ -87,7 +87,7 @@ def extract(
         m.config.get_text_config().max_position_embeddings for m in (pair.draft, pair.target)
     )
     models = stage_models(pair, options.max_new_tokens, options.frames, longest)
-    store = _States(options.states) if options.states else None
+    store = StateFolder(options.states) if options.states else None
     with journal:
         for clip, number, question in work:
             if f"{clip.index}/{number}" in journal.done:
@@ -176,7 +176,7 @@ def _record(data: Dataset, options: ExtractOptions, rows: list[dict], every: lis
     }
 
 
-class _States:
+class StateFolder:
     """States of one answer a file while a run is under way, then chunks."""
 
     def __init__(self, folder: Path) -> None:

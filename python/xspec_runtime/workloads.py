@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .adapters import mini_pair
+from .adapters import mini_hidden, mini_pair
 from .arms import Arm, DecoderArm, HfArm, Task
 from .config import SpecConfig
 from .data.captions import QUESTIONS
 from .data.scenes import make_sample
+from .data.staging import Uploads
 from .drafters.base import Drafter, Request
 from .drafters.draft_model import ModelDrafter
+from .drafters.graph_draft import GraphDrafter
 from .drafters.merge import MergedDrafter
 from .drafters.ngram import NgramDrafter, NgramMemory
 from .engine import SpeculativeDecoder
 from .models import mini
+from .nf4_dense import keep_dense
+from .nf4_model import NF4Linear, quantize_model
 from .targets.base import Target
 from .targets.llama import LlamaTarget
+from .targets.tapped import TappedTarget
 from .targets.transformers import TransformersTarget
 
 PLAIN = "target"
 ENGINES = ("transformers", "llama")
+WEIGHTS = ("float", "nf4")
 # Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
 MAX_MATCHING_NGRAM = 3
 OURS = ("draft", *mini_pair.ARMS, "ngram", "ngram_tree", "ngram_cold", "tree")
@@ -46,6 +55,9 @@ class Settings:
         rows: rows of the merged tree.
         prefill_fused: of every arm that drafts, see `SpecConfig`.
         engine: of the target, one of `ENGINES`.
+        weights: of every model, one of `WEIGHTS`.
+        device: of the target, and of the draft models unless they have a `draft_device`.
+        adapters: folder of runs of `xspec train hidden`; `adapter_levels` and `adapter` choose.
     """
 
     gamma: int = 5
@@ -53,9 +65,19 @@ class Settings:
     max_new_tokens: int = mini.MAX_NEW_TOKENS
     prefill_fused: str = "exact"
     engine: str = "transformers"
+    weights: str = "float"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     backend: str = "auto"
+    draft_device: str = ""
+    adapters: Path | None = None
+    adapter_levels: str = ""
+    adapter: str = ""
+
+    @property
+    def drafting_device(self) -> str:
+        """Where draft models are."""
+        return self.draft_device or self.device
 
 
 @dataclass
@@ -65,6 +87,7 @@ class Workload:
     Attributes:
         decode: ids to text.
         seen: answers known verbatim before the run (None: not applicable).
+        files: closes what tasks read.
     """
 
     tasks: list[Task]
@@ -72,6 +95,7 @@ class Workload:
     decode: Callable[[Sequence[int]], str]
     seen: set[tuple[int, ...]] | None = None
     facts: dict[str, object] = field(default_factory=dict)
+    files: ExitStack = field(default_factory=ExitStack)
 
 
 def build_target(model: PreTrainedModel, settings: Settings, capacity: int = 1024) -> Target:
@@ -80,6 +104,19 @@ def build_target(model: PreTrainedModel, settings: Settings, capacity: int = 102
         max_depth = 32 if settings.rows <= 32 and settings.gamma < 32 else 64
         return LlamaTarget(model, capacity, settings.backend, max_depth=max_depth)
     return TransformersTarget(model, capacity, settings.backend)
+
+
+def in_nf4(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its linear layers in NF4, quantized here unless they are so already; on a CPU
+    the layers keep dequantized copies, see `nf4_dense`.
+
+    Raises:
+        ValueError: it has none that can be quantized.
+    """
+    if not any(isinstance(module, NF4Linear) for module in model.modules()):
+        quantize_model(model)
+    keep_dense(model)
+    return model
 
 
 def unrelated_memory() -> NgramMemory:
@@ -92,28 +129,57 @@ class MiniPair:
 
     def __init__(self, settings: Settings, draft: str = "draft") -> None:
         self.settings = settings
+        self._uploads = {
+            device: Uploads(device) for device in (settings.device, settings.drafting_device)
+        }
         self.tokenizer = mini.load_tokenizer()
         self.answers = mini.load_answers()
         self.target_model = self._load("target")
         self.target = build_target(self.target_model, settings)
         self.draft_model = self._load(draft)
+        self.state_arms = mini_hidden.state_arms(settings.adapters, settings.adapter_levels)
+
+    @cached_property
+    def _tapped(self) -> TappedTarget:
+        """The target's model in a target that keeps its states."""
+        if self.settings.engine != "transformers":
+            raise ValueError("adapters of states need --engine transformers")
+        return TappedTarget(self.target_model, 1024, self.settings.backend)
 
     @cached_property
     def _raw_draft(self):
         return self._load("draft_raw")
 
     def _load(self, name: str):
-        return mini.load(name, device=self.settings.device, dtype=self.settings.dtype)
+        s = self.settings
+        # Transformers' assistant stays beside its target.
+        device = s.drafting_device if name in ("draft", "draft_raw") else s.device
+        model = mini.load(name, device=device, dtype=s.dtype)
+        return in_nf4(model) if s.weights == "nf4" else model
 
     def task(
-        self, name: str, question: str, video: np.ndarray, events: np.ndarray | None = None
+        self,
+        name: str,
+        question: str,
+        video: np.ndarray,
+        events: np.ndarray | None = None,
+        read: Callable[[Event], np.ndarray] | None = None,
     ) -> Task:
-        """One request; `video` uint8 ``[8, 64, 64, 3]``, `events` uint8 ``[64, 64, 3]``."""
-        move = self._move
+        """One request; `video` uint8 ``[8, 64, 64, 3]``, `events` uint8 ``[64, 64, 3]``. With
+        `read`, which returns that video, reading it is part of the request.
+        """
+        s, draft = self.settings, {}
         prompt = mini.Prompt.of(question, self.tokenizer)
-        draft = {} if events is None else move(mini.draft_inputs(question, events, self.tokenizer))
+        if events is not None:
+            draft = mini.draft_inputs(question, events, self.tokenizer)
+            draft = self._move(draft, s.drafting_device)
         request = Request([*prompt.before, *prompt.after], draft)
-        return Task(name, move(mini.target_inputs(question, video, self.tokenizer)), request)
+
+        def inputs(frames: np.ndarray) -> dict[str, torch.Tensor]:
+            return self._move(mini.target_inputs(question, frames, self.tokenizer), s.device)
+
+        prepare = (lambda stop: inputs(read(stop))) if read else None
+        return Task(name, inputs(video), request, prepare)
 
     def scene_tasks(
         self, count: int, seed: int = 0, questions: Sequence[str] = QUESTIONS
@@ -133,10 +199,12 @@ class MiniPair:
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
-        """A fresh drafter of one of `OURS`; None: plain decoding."""
+        """A fresh drafter of one of `OURS` or of `state_arms`; None: plain decoding."""
         gamma = self.settings.gamma
         if name == PLAIN:
             return None
+        if name in self.state_arms:
+            return self._state_drafter(name)
         if name == "draft":
             return ModelDrafter(self.draft_model, gamma)
         if name in mini_pair.ARMS:
@@ -150,12 +218,39 @@ class MiniPair:
         draft = ModelDrafter(self.draft_model, gamma, siblings=2, floor=DRAFT_FLOOR)
         return MergedDrafter([memory, draft], enough=MEMORY_ENOUGH)
 
+    def _state_drafter(self, name: str) -> Drafter:
+        if name == mini_hidden.CONSTANT:
+            return mini_hidden.constant_drafter(self.answers)
+        s = self.settings
+
+        def draft(model: str):
+            return self._raw_draft if model == mini_hidden.DRAFT else self.draft_model
+
+        return mini_hidden.state_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._tapped)
+
     def decoder(self, name: str) -> SpeculativeDecoder:
         """A decoder with the named drafter on the shared target."""
         s = self.settings
         rows = {PLAIN: 1, "tree": s.rows, "ngram_tree": s.rows}.get(name, s.gamma + 1)
         config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,), s.prefill_fused)
-        return SpeculativeDecoder(self.target, self.drafter(name), config)
+        target = self._tapped if name in self.state_arms else self.target
+        return SpeculativeDecoder(target, self.drafter(name), config)
+
+    def overlap_decoder(self, name: str, mode: str) -> SpeculativeDecoder:
+        """`decoder`, for `Overlap` in that mode: where the target runs in graphs, a draft that is
+        to run at the same time does so too.
+        """
+        s, target = self.settings, self.target
+        decoder = self.decoder(name)
+        if mode == "concurrent" and isinstance(target, LlamaTarget) and target.graphs:
+            draft = LlamaTarget(self.draft_model, target.cache.capacity, s.backend, graphs=True)
+            own = GraphDrafter(draft, s.gamma, (mini.EOS,))
+            parts = getattr(decoder.drafter, "drafters", None)
+            if parts:
+                parts[-1] = own
+            else:
+                decoder.drafter = own
+        return decoder
 
     def workload(self, tasks: list[Task]) -> Workload:
         """All arms over `tasks`."""
@@ -197,7 +292,7 @@ class MiniPair:
                 **spoken,
             ),
             "hf_assisted": assisted,
-            **{name: ours(name) for name in OURS},
+            **{name: ours(name) for name in (*OURS, *self.state_arms)},
         }
         seen = {tuple(a) for a in self.answers}
         record = {"pair": "embedded", "training_scenes_in_memory": len(self.answers)}
@@ -205,9 +300,14 @@ class MiniPair:
             tasks, arms, lambda ids: mini.decode_answer(list(ids), self.tokenizer), seen, record
         )
 
-    def _move(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        s = self.settings
+    def _move(self, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+        """On a device; pixels go through pinned memory, a prompt of another length each time
+        does not pay for it.
+        """
+        upload = self._uploads[device]
         return {
-            key: value.to(s.device, s.dtype if value.is_floating_point() else None)
+            key: upload(value.to(self.settings.dtype))
+            if value.is_floating_point()
+            else value.to(device)
             for key, value in inputs.items()
         }

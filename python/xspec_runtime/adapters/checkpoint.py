@@ -12,17 +12,21 @@ from safetensors.torch import load_file, save_file
 
 from ..files import replace_file, write_json
 from .base import Adapter, AdapterConfig
+from .eagle import EagleConfig, EagleFusion
+from .hidden import HiddenAdapter, HiddenAdapterConfig
 from .prefix_adapter import PrefixAdapter, PrefixAdapterConfig
 from .token_adapter import TokenAdapter, TokenAdapterConfig
 
 FORMAT = "xspec.adapter/1"
-KINDS: dict[str, tuple[type[AdapterConfig], type]] = {
+KINDS: dict[str, tuple[type[AdapterConfig] | type[HiddenAdapterConfig], type]] = {
     TokenAdapter.kind: (TokenAdapterConfig, TokenAdapter),
     PrefixAdapter.kind: (PrefixAdapterConfig, PrefixAdapter),
+    HiddenAdapter.kind: (HiddenAdapterConfig, HiddenAdapter),
+    EagleFusion.kind: (EagleConfig, EagleFusion),
 }
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
+def save_adapter(adapter: Adapter | HiddenAdapter | EagleFusion, folder: Path) -> None:
     """Write `adapter` to `folder`, each file in one step."""
     state = {key: value.half().contiguous() for key, value in adapter.state_dict().items()}
     replace_file(folder / "model.safetensors", lambda path: save_file(state, path))
@@ -35,11 +39,12 @@ def load_adapter(
     vocab_size: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Adapter:
+) -> Adapter | HiddenAdapter | EagleFusion:
     """An adapter ready for inference.
 
     Args:
-        vocab_size: of the target it will draft for; checked where given.
+        vocab_size: of the target it will draft for; checked where given and where the adapter has
+            one, which those that end in target states have not.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -90,9 +95,9 @@ def _untrained(path: Path, vocab_size: int | None) -> torch.nn.Module:
         )
     try:
         config = config_class(**values)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if vocab_size not in (None, config.vocab_size):
+    if vocab_size not in (None, getattr(config, "vocab_size", vocab_size)):
         raise ValueError(
             f"the adapter in {path.parent} is for a vocabulary of {config.vocab_size} tokens, the "
             f"target has {vocab_size}"

@@ -1,0 +1,162 @@
+"""Folders of trained adapters: what a run writes, which run `latest` and `starred` stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import existing_file, read_json, write_json, write_text
+from ..plots import OTHERS, OURS, new_figure, save_figure
+from .checkpoint import save_adapter
+from .score_states import StateAdapter
+
+SCHEMA = "xspec.adapter_run/1"
+STAR = "starred"
+BEST = "best"
+_TABLE = (
+    ("train_loss", "train loss", "{:.4f}"),
+    ("val_loss", "val loss", "{:.4f}"),
+    ("token_match", "tokens right", "{:.1%}"),
+    ("consecutive_tokens", "right in a row", "{:.2f}"),
+    ("cos_sim", "cosine", "{:.3f}"),
+    ("accept_90", "cosine > 0.9", "{:.1%}"),
+)
+
+
+def write_run(
+    folder: Path,
+    adapter: StateAdapter,
+    history: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the adapter (`BEST`), results.json, RESULTS.md and two plots; returns the results.
+
+    Args:
+        record: the command, the level and whatever else describes the run.
+    """
+    best = min(history, key=lambda row: row["val_loss"])
+    parameters = sum(p.numel() for p in adapter.parameters())
+    results = {
+        "schema": SCHEMA, **record, "parameters": parameters, "best_epoch": best["epoch"],
+        "best": dict(best), "history": [dict(row) for row in history],
+    }  # fmt: skip
+    save_adapter(adapter, folder / BEST)
+    write_json(folder / "results.json", results)
+    _curves(history, folder / "loss.png", {"train_loss": "training", "val_loss": "validation"},
+            "loss")  # fmt: skip
+    _curves(history, folder / "acceptance.png",
+            {"token_match": "tokens right", "accept_90": "cosine above 0.9"},
+            "share of validation positions")  # fmt: skip
+    write_text(folder / "RESULTS.md", _markdown(results))
+    return results
+
+
+def find_run(folder: Path, level: str, which: str = "") -> Path:
+    """The adapter's folder of a run below `folder`.
+
+    Args:
+        which: `latest`, `starred`, or "" for the starred run where there is one and the latest
+            otherwise.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: `which` is none of these.
+    """
+    if which not in ("", "latest", STAR):
+        raise ValueError(f"an adapter is latest, starred or a folder, got {which!r}")
+    found = [
+        (values.get("finished", ""), path.parent)
+        for path in sorted(folder.glob("*/results.json"))
+        if (values := _record(path)).get("level") == level
+    ]
+    starred = [run for run in found if (run[1] / STAR).exists()]
+    chosen = starred if which == STAR else (found if which else starred or found)
+    if not chosen:
+        raise FileNotFoundError(f"{folder} holds no {which or 'trained'} run of {level}")
+    return max(chosen)[1] / BEST
+
+
+def adapter_folder(named: str, folder: Path, level: str) -> Path:
+    """What `--adapter latest|starred|PATH` stands for: a run below `folder`, a run's own folder, or
+    an adapter's.
+    """
+    if named in ("", "latest", STAR):
+        return find_run(folder, level, named)
+    path = Path(named)
+    return path / BEST if (path / BEST / "config.json").exists() else path
+
+
+def star(folder: Path) -> str:
+    """Mark a run as the one of its level to take, among those beside it; returns its level.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no run.
+    """
+    folder = folder.resolve()
+    level = _record(existing_file(folder / "results.json", "run")).get("level")
+    if not level:
+        raise ValueError(f"{folder / 'results.json'} is not that of a trained adapter")
+    for path in folder.parent.glob(f"*/{STAR}"):
+        if path.parent != folder and _record(path.parent / "results.json").get("level") == level:
+            path.unlink()
+    write_text(folder / STAR, "")
+    return level
+
+
+def levels(folder: Path) -> list[str]:
+    """Levels that have a run below `folder`."""
+    records = [_record(path) for path in sorted(folder.glob("*/results.json"))]
+    return sorted({record["level"] for record in records if "level" in record})
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """results.json of the run that the adapter in `folder` is of; empty where there is none."""
+    path = folder.parent / "results.json"
+    return _record(path) if path.exists() else {}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    values = read_json(path, "run") if path.exists() else {}
+    known = isinstance(values, dict) and values.get("schema") == SCHEMA
+    return values if known else {}
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    best = results["best"]
+    lines = [
+        f"# {results['level']}: {results['parameters']:,} parameters",
+        "",
+        f"`{results['command']}`",
+        "",
+        f"{results['train_answers']:,} answers to train on, {results['val_answers']:,} to stop by "
+        f"({results['split']}); best epoch {results['best_epoch']} of {len(results['history'])}. "
+        "Every state is predicted from true ones. Validation figures choose the epoch: they are no "
+        "test.",
+        "",
+        "| epoch | " + " | ".join(title for _, title, _ in _TABLE) + " |",
+        "|" + "---:|" * (1 + len(_TABLE)),
+    ]
+    for row in results["history"]:
+        cells = [f.format(row[k]) if row[k] is not None else "-" for k, _, f in _TABLE]
+        mark = "**" if row["epoch"] == results["best_epoch"] else ""
+        lines.append(f"| {mark}{row['epoch']}{mark} | " + " | ".join(cells) + " |")
+    if best["match_above_90"] is not None:
+        share = best["match_above_90"]
+        lines += ["", f"Where the cosine is above 0.9, {share:.1%} of the tokens are right."]
+    lines += ["", "![loss](loss.png)", "", "![acceptance](acceptance.png)", ""]
+    return "\n".join(lines)
+
+
+def _curves(
+    history: Sequence[Mapping[str, Any]], path: Path, names: Mapping[str, str], label: str
+) -> None:
+    figure, axes = new_figure(6, 3.2)
+    epochs = [row["epoch"] for row in history]
+    for (name, title), color in zip(names.items(), (OTHERS, OURS), strict=True):
+        values = [float("nan") if row[name] is None else row[name] for row in history]
+        axes.plot(epochs, values, color=color, label=title, marker=".")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
