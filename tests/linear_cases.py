@@ -13,6 +13,7 @@ import torch
 
 from xspec_kernels.kernels import lm_head_argmax as head_module
 from xspec_kernels.kernels import skinny_linear as linear_module
+from xspec_kernels.kernels._row_norm import RowNorm
 from xspec_kernels.tiles import Tile
 
 MODULES = (linear_module, head_module)
@@ -36,6 +37,27 @@ def epilogue(name: str, M: int, N: int, dtype: torch.dtype, device: str = "cpu")
     if "gate" in name:
         given["gate"] = True
     return given
+
+
+EPS = 1e-5
+
+
+def row_norm(x: torch.Tensor, parts: int | None) -> RowNorm:
+    """A norm of x with random weights, and the squares as a maker with so many tiles leaves them;
+    with None the kernel sums them."""
+    weight = torch.randn(x.shape[1]).to(x)
+    if parts is None:
+        return RowNorm(weight, EPS)
+    pieces = [piece.float().square().sum(1) for piece in x.tensor_split(parts, 1)]
+    return RowNorm(weight, EPS, torch.stack(pieces))
+
+
+def flips(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What each element of x W^T may change by where two elements of x are rounded the other way,
+    since the sum of a row's squares was taken in another order, [M, N]."""
+    ulp = 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+    x, w = x.nan_to_num().abs().float(), w.abs().float()
+    return 2 * ulp * (x[:, None] * w[None]).amax(2).double()
 
 
 def oracle(
@@ -81,8 +103,8 @@ def mutant(function: Any, old: str, new: str, folder: Path) -> Any:
     source = inspect.getsource(function.fn)
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
     file = folder / "mutant.py"
-    header = (
-        "from xspec_kernels._triton import jit, tl\nfrom xspec_kernels.kernels._product import *\n"
+    header = "from xspec_kernels._triton import jit, tl, triton\n" + "".join(
+        f"from xspec_kernels.kernels.{name} import *\n" for name in ("_product", "_row_norm")
     )
     file.write_text(header + source.replace(old, new))
     spec = importlib.util.spec_from_file_location("mutant", file)

@@ -99,7 +99,8 @@ def merge(nodes: int, slots: int, head_dim: int = 128):
     arguments, _ = partials(90, nodes, slots, head_dim=head_dim)
     names = attention._merge_kernel.arg_names
     shared = {name: value for name, value in arguments.items() if name in names}
-    return {**shared, "out": arguments["q"], "RB": 1, "CHUNK": 32}, {"num_warps": 1}
+    constants = {"RB": max(1, 128 // head_dim), "CHUNK": 32}
+    return {**shared, "out": arguments["q"], **constants}, {"num_warps": 1}
 
 
 CASES = [(nodes, slots) for nodes in NODES for slots in CAPACITIES]

@@ -31,6 +31,18 @@ class Weight:
         return self.address
 
 
+def norm_arguments(x: Any, kind: str, parts: str = "PARTS") -> dict[str, Any]:
+    """Of a kernel that normalizes x, whose maker had 32 tiles, or leaves squares of its own."""
+    sums = Weight(64, dtype=torch.float32)
+    return {
+        "norm": x if "norm" in kind else None,
+        "squares": sums if "norm" in kind else None,
+        "squares_out": sums if "squares" in kind else None,
+        "eps": 1e-5,
+        parts: 32 if "norm" in kind else 0,
+    }
+
+
 def launch_arguments(cc: int, N: int, K: int, kind: str, M: int = 22, **changes: Any):
     """(kernel, its arguments, launch options) of a launch with M rows on compute capability cc."""
     dtype = changes.pop("dtype", torch.bfloat16)
@@ -62,7 +74,7 @@ def launch_arguments(cc: int, N: int, K: int, kind: str, M: int = 22, **changes:
         arguments["ROUND_TO"] = tl.bfloat16
     else:
         kernel = _skinny_linear_kernel
-        arguments |= {"y": x, "GATE": "gate" in kind}
+        arguments |= {"y": x, "GATE": "gate" in kind} | norm_arguments(x, kind)
         arguments |= {name: x if name in kind else None for name in ("bias", "residual")}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return kernel, arguments | changes, options | ({"launch_pdl": True} if cc >= 90 else {})
@@ -74,10 +86,11 @@ def built(cc: int, N: int, K: int, kind: str, **changes: Any) -> Facts:
 
 
 SHAPES = {
-    "Llama-7B o": (4096, 4096, "residual"),
-    "Llama-7B gate and up": (22016, 4096, "gate"),
+    "Llama-7B o": (4096, 4096, "residual squares"),
+    "Llama-7B gate and up": (22016, 4096, "norm gate"),
+    "Llama-7B plain gate and up": (22016, 4096, "gate"),
     "Llama-7B head": (32000, 4096, HEAD),
-    "Llama-3-8B qkv": (6144, 4096, "bias"),
+    "Llama-3-8B qkv": (6144, 4096, "norm bias"),
     "SmolLM2 down": (576, 1536, "residual"),
 }
 
@@ -97,7 +110,7 @@ def test_machine_code(cc, name):
 
 
 @pytest.mark.parametrize("cc", [80, 90])
-@pytest.mark.parametrize("kind", ["residual", HEAD])
+@pytest.mark.parametrize("kind", ["residual squares", "norm gate", HEAD])
 def test_one_key_for_every_number_of_rows(cc, kind):
     launches = [launch_arguments(cc, 4096, 4096, kind, M) for M in ROWS]
     assert len({specialized(kernel, cc, given)[0] for kernel, given, _ in launches}) == 1
@@ -114,7 +127,8 @@ def test_one_key_wherever_the_row_count_lies():
 def test_one_binary_for_every_number_of_rows(cc, monkeypatch):
     """Compiled anew for each M: the same bits of machine code."""
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    digests = {built(cc, 576, 576, "residual", M=M).digest for M in (1, 64)}
+    kind = "norm residual squares"
+    digests = {built(cc, 576, 576, kind, M=M).digest for M in (1, 64)}
     assert len(digests) == 1
 
 
@@ -123,13 +137,13 @@ def test_rows_as_plain_integers_would_be_many_kernels():
     from triton.runtime.jit import JITFunction
 
     careless = JITFunction(_skinny_linear_kernel.fn)
-    arguments = [launch_arguments(90, 4096, 4096, "residual", M)[1] for M in ROWS]
+    arguments = [launch_arguments(90, 4096, 4096, "norm residual squares", M)[1] for M in ROWS]
     assert len({specialized(careless, 90, given)[0] for given in arguments}) > 2
 
 
 @pytest.mark.parametrize("cc", [80, 90])
 def test_float32_never_goes_through_tf32(cc):
-    found = built(cc, 576, 576, "residual", dtype=torch.float32)
+    found = built(cc, 576, 576, "norm residual squares", dtype=torch.float32)
     assert found.spilled == 0 and not found.matrix
 
 

@@ -14,7 +14,7 @@ import xspec_kernels
 from xspec_kernels.kernels import norm_act as norm_module
 from xspec_runtime.files import read_text
 from xspec_runtime.gpu import compile_table as tables
-from xspec_runtime.gpu.compile_cases import ARCHS, MODELS, Case, cases
+from xspec_runtime.gpu.compile_cases import ARCHS, IN_NF4, MODELS, Case, cases
 from xspec_runtime.gpu.machine_code import Launch, code_of, disassembler_missing, source_of
 
 pytest.importorskip("triton")
@@ -41,7 +41,7 @@ def key(case: Case) -> tuple[str, str, int]:
 def test_every_kernel_of_every_model_and_card(committed, present):
     assert set(ARCHS) == set(tables.SHARED_KIB)
     assert list(tables.by_name(committed)) == [key(case) for case in present]
-    assert len(present) == 14 * len(MODELS) * len(ARCHS)
+    assert len(present) == (16 * len(MODELS) + 4 * len(IN_NF4)) * len(ARCHS)
 
 
 def test_no_entry_breaks_a_limit(committed):

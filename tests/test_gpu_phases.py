@@ -86,7 +86,7 @@ def test_law_names_the_first_op_that_breaks_it(exact, monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "place"),
-    [("norm_act", 0), ("skinny_linear", 1), ("rope_append", 2), ("tree_attention", 3)],
+    [("skinny_linear", 0), ("rope_append", 1), ("tree_attention", 2)],
 )
 def test_op_that_knows_its_neighbors_is_named(op, place, exact, monkeypatch):
     """In the last bits, wherever there is more than one row."""

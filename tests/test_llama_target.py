@@ -408,7 +408,7 @@ def test_a_step_is_our_ops_and_nothing_else(seed: int) -> None:
     layers = target.num_layers
     assert ours == {
         "embed": 1,
-        "norm_act": 2 * layers + 1,
+        "norm_act": 1,
         "skinny_linear": 4 * layers,
         "rope_append": layers,
         "tree_attention": layers,
@@ -416,6 +416,34 @@ def test_a_step_is_our_ops_and_nothing_else(seed: int) -> None:
     }
     others = {name for name in calls.seen if not name.startswith("xspec.")}
     assert others <= {"aten.view.default", "aten.slice.Tensor"}
+
+
+@pytest.mark.interpreter
+def test_a_layer_is_seven_launches(seed: int, monkeypatch) -> None:
+    launched: list[str] = []
+
+    def count(kernel, *arguments, **options):
+        launched.append(kernel.fn.__name__)
+        return triton_launch(kernel, *arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("xspec_kernels.kernels.") and hasattr(module, "launch"):
+            triton_launch = module.launch
+            monkeypatch.setattr(module, "launch", count)
+    target = LlamaTarget(triton_model(), 48, "triton")
+    target.prefill({"input_ids": prompt(seed, 5)})
+    at = target._rounds.place([DraftTree.chain(3, [4])], [5])
+    launched.clear()
+    with torch.inference_mode():
+        target.decoder.score(target.decoder.step(at, target._caches), at)
+    layer = [
+        "_skinny_linear_kernel", "_rope_append_kernel", "_partials_kernel", "_merge_kernel",
+        *3 * ["_skinny_linear_kernel"],
+    ]  # fmt: skip
+    assert launched == [
+        "_embed_kernel", "_row_squares_kernel", *target.num_layers * layer, "_norm_act_kernel",
+        "_lm_head_tiles_kernel", "_lm_head_join_kernel",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama_bias"])
@@ -565,13 +593,18 @@ def test_nan_is_an_error(rows: int, seed: int) -> None:
         target.prefill({"input_ids": prompt(seed)})
 
 
-@pytest.mark.interpreter
-def test_triton_end_to_end(rng: random.Random) -> None:
+def triton_model() -> PreTrainedModel:
+    """Two layers whose heads have a size that the kernels take."""
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.25, eos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.interpreter
+def test_triton_end_to_end(rng: random.Random) -> None:
+    model = triton_model()
     ids = prompt(rng.randrange(1 << 30), 5)
     target = LlamaTarget(model, 48, "triton")
     plain = Plain(target, ids, 4)

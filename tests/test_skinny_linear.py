@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import INTERPRETED, OpBackend
-from linear_cases import DTYPES, EPILOGUES, arrive, cut, epilogue, operands, oracle, plant, rejected
+from linear_cases import (
+    DTYPES,
+    EPILOGUES,
+    EPS,
+    arrive,
+    cut,
+    epilogue,
+    flips,
+    operands,
+    oracle,
+    plant,
+    rejected,
+    row_norm,
+)
 from op_cases import int32
 from xspec_kernels import _dispatch, tiles
 from xspec_kernels.kernels import _product
+from xspec_kernels.kernels._row_norm import RowNorm
+from xspec_kernels.kernels.norm_act import norm_act
 from xspec_kernels.kernels.skinny_linear import interleave_gate, skinny_linear
 from xspec_kernels.workspace import Workspace
 
@@ -33,18 +49,28 @@ def limit(want: torch.Tensor, dtype: torch.dtype, op_backend) -> torch.Tensor:
     return (want.abs() + (0 if roundings == 1 else 4)) * HALF_ULP[dtype] * roundings * 1.01 + 1e-5
 
 
-def check(M, N, K, dtype, name, op_backend, num_rows=None, workspace=None):
-    """One product against float64, with NaN in every row that does not count."""
+def check(M, N, K, dtype, name, op_backend, num_rows=None, workspace=None, parts=0):
+    """One product against float64, with NaN in every row that does not count; `parts` of a norm,
+    see `row_norm`, or 0."""
     device, rows = op_backend.device, M if num_rows is None else num_rows
     x, w = operands(M, N, K, dtype, device)
     x[rows:] = NAN
     given = epilogue(name, M, N, dtype, device)
     count = None if num_rows is None else int32([num_rows], device)
-    y = skinny_linear(x, w, count, workspace=workspace, backend=op_backend.name, **given)
+    norm = None if parts == 0 else row_norm(x, parts)
+    y = skinny_linear(x, w, count, norm=norm, workspace=workspace, backend=op_backend.name, **given)
+    if norm is not None:
+        x = norm_act(x, norm.weight, EPS, backend="torch")
     want = oracle(x, w, **given)
     assert y.dtype == dtype and y.shape == want.shape
     error = (y.double() - want)[:rows].abs()
-    assert (error <= limit(want[:rows], dtype, op_backend)).all(), error.max()
+    allowed = limit(want[:rows], dtype, op_backend)
+    if norm is not None and "gate" in name:
+        # The other factor multiplies what a rounding of x changes.
+        allowed = allowed + 8 * flips(x, w)[:rows].unflatten(1, (-1, 2)).sum(2)
+    elif norm is not None:
+        allowed = allowed + flips(x, w)[:rows]
+    assert (error <= allowed).all(), error.max()
     if op_backend.name == "triton":
         assert y[rows:].isnan().all(), "rows that do not count are not written"
     return y
@@ -61,6 +87,60 @@ def test_epilogues_and_splits(dtype, name, split_k, op_backend, monkeypatch, rng
         N += rng.randint(0, 1) if "gate" not in name else 0
         check(M, N, 448, dtype, name, op_backend, rng.choice([None, M, (M + 1) // 2]), workspace)
         assert not workspace.semaphores("linear.semaphore", 8).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("name", ["none", "bias+residual", "bias+gate"])
+@pytest.mark.parametrize("parts", [None, 1, 5])
+def test_norms(dtype, name, parts, op_backend, monkeypatch, rng):
+    """Five parts are a number that no power of two helps with."""
+    cut(monkeypatch, split_k=rng.choice([1, 3]))
+    M, N = rng.choice([1, 16, 22, 65]), rng.choice([2, 34, 64])
+    for num_rows in (None, (M + 1) // 2):
+        check(M, N, 320, dtype, name, op_backend, num_rows, Workspace(op_backend.device), parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("name", ["none", "residual", "gate"])
+def test_squares_of_what_is_returned(dtype, name, op_backend, monkeypatch, rng):
+    cut(monkeypatch, split_k=rng.choice([1, 3]))
+    M, N, device = 66, 70, op_backend.device
+    x, w = operands(M, N, 192, dtype, device)
+    x[40:] = NAN
+    given = epilogue(name, M, N, dtype, device)
+    run = {"workspace": Workspace(device), "backend": op_backend.name, **given}
+    count = int32([40], device)
+    y, squares = skinny_linear(x, w, count, with_squares=True, **run)
+    assert torch.equal(y[:40], skinny_linear(x, w, count, **run)[:40])
+    if op_backend.name != "triton":
+        assert squares is None
+        return
+    # A tile has 32 columns, half of them behind a gate.
+    pieces = y[:40].double().split(16 if given.get("gate") else 32, 1)
+    want = torch.stack([piece.square().sum(1) for piece in pieces])
+    assert squares.dtype == torch.float32 and squares.shape == (3, M)
+    assert ((squares[:, :40] - want).abs() <= 4e-6 * want).all()
+    assert squares[:, 40:].isnan().all(), "rows that do not count are not written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_product_to_norm_to_product(dtype, op_backend, monkeypatch, seed):
+    """What the first leaves is what the second wants: the pair against the three ops."""
+    cut(monkeypatch)
+    x, w = operands(22, 192, 64, dtype, op_backend.device)
+    residual = torch.randn(22, 192).to(x)
+    weight, after = torch.randn(192).to(x), operands(1, 34, 192, dtype, op_backend.device)[1]
+    on = {"backend": op_backend.name}
+    y, squares = skinny_linear(x, w, residual=residual, with_squares=True, **on)
+    got = skinny_linear(y, after, norm=RowNorm(weight, EPS, squares), **on)
+    # The kernel of norm_act, interpreted, would truncate to bfloat16.
+    normed = norm_act(y, weight, EPS, backend="torch")
+    want = skinny_linear(normed, after, **on)
+    if op_backend.name != "triton":
+        assert torch.equal(got, want)
+        return
+    allowed = flips(normed, after) + 2 * limit(want, dtype, op_backend)
+    assert ((got.double() - want.double()).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("M", [1, 22, 64, 70])
@@ -95,9 +175,10 @@ def test_any_shape(data, op_backend, seed):
     N = draw(st.integers(1, 70)) * (2 if "gate" in name else 1)
     num_rows = draw(st.none() | st.integers(0, M))
     split_k, tma = draw(st.integers(1, K // 64)), draw(st.booleans())
+    parts = draw(st.sampled_from([0, None, 1, 2, 33]))
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, draw(st.sampled_from([16, 32, 64])), split_k, tma and INTERPRETED)
-        check(M, N, K, dtype, name, op_backend, num_rows)
+        check(M, N, K, dtype, name, op_backend, num_rows, parts=parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
@@ -119,15 +200,22 @@ def test_error_is_at_most_twice_torchs(dtype, name, op_backend, monkeypatch, see
 def check_rows_are_independent(op_backend, dtype=torch.float32, N=34, K=256):
     """Each row alone, moved and among garbage has the bits it has among its siblings."""
     device = op_backend.device
-    for name in ("none", "bias+residual", "gate"):
+    for name in ("none", "norm bias+residual", "norm gate"):
         x, w = operands(70, N, K, dtype, device)
         given = epilogue(name, 70, N, dtype, device)
         residual = given.pop("residual", None)
+        norm = row_norm(x, 3) if "norm" in name else None
 
-        def run(rows, at, count=None, w=w, given=given, residual=residual):
+        def run(rows, at, count=None, w=w, given=given, residual=residual, norm=norm):
             own = {} if residual is None else {"residual": residual[at]}
+            if norm is not None:
+                own["norm"] = norm._replace(squares=norm.squares[:, at].contiguous())
             rows = rows.contiguous()
-            return skinny_linear(rows, w, count, backend=op_backend.name, **given, **own)
+            y, squares = skinny_linear(
+                rows, w, count, with_squares=True, backend=op_backend.name, **given, **own
+            )
+            # Bits of the squares are bits of the row.
+            return y if squares is None else torch.cat([y.float(), squares.T], 1)
 
         every = torch.arange(70, device=device)
         whole = run(x, every)
@@ -207,6 +295,22 @@ def check_against_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ((y.double() - oracle(x, w)).abs() < 1e-5).all()
 
 
+def check_norm_against_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a layer uses it: 40 of 66 rows, a maker with 70 columns in tiles of 32."""
+    backend, workspace = OpBackend("triton", "cpu"), Workspace("cpu")
+    check(66, 34, 448, torch.float32, "none", backend, 40, workspace, parts=5)
+    x, w = operands(66, 70, 64, torch.bfloat16)
+    x[3] = torch.inf
+    y, squares = skinny_linear(x, w, int32([40]), with_squares=True, backend="triton")
+    want = torch.stack([piece.double().square().sum(1) for piece in y[:40].split(32, 1)])
+    same = (squares[:, :40] - want).abs() <= 4e-6 * want
+    assert (same | ~want.isfinite()).all()
+    # Zeros of W behind its last row, times infinity, are no part of the row.
+    inf = x[:4].nan_to_num(posinf=torch.inf)
+    padded = torch.ones(33, 64, dtype=torch.bfloat16)
+    assert skinny_linear(inf, padded, with_squares=True, backend="triton")[1][1, 3] == torch.inf
+
+
 MUTANTS = {
     "sums in order of arrival": (
         check_arrival_order, "leave_partial", "* SPLIT_K + split",
@@ -220,6 +324,24 @@ MUTANTS = {
         check_against_oracle, "sum_partials", "tl.store(semaphore + block * TILES + tile, 0)",
         "pass",
     ),
+    "normalizes with the first weights only": (
+        check_norm_against_oracle, "tile_product", "factor = following", "pass",
+    ),
+    "takes the rows that count for all rows": (
+        check_norm_against_oracle, "row_scale", "part[:, None] * M", "part[:, None] * rows",
+    ),
+    "leaves out the last part": (
+        check_norm_against_oracle, "row_scale", "(part < PARTS)", "(part < PARTS - 1)",
+    ),
+    "squares before rounding": (
+        check_norm_against_oracle, "finish",
+        "total = narrow(total, y.dtype.element_ty, INTERPRETED)\n    tl.store(y + at, total,",
+        "tl.store(y + at, narrow(total, y.dtype.element_ty, INTERPRETED),",
+    ),
+    "squares of columns that are not there": (
+        check_norm_against_oracle, "finish", "row_squares(total, inside)",
+        "row_squares(total, (m < rows)[:, None])",
+    ),
     "sums one split too few": (
         check_against_oracle, "sum_partials", "tl.range(1, SPLIT_K,", "tl.range(2, SPLIT_K,",
     ),
@@ -227,7 +349,9 @@ MUTANTS = {
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("run", [check_arrival_order, check_against_oracle])
+@pytest.mark.parametrize(
+    "run", [check_arrival_order, check_against_oracle, check_norm_against_oracle]
+)
 def test_splits_in_the_interpreter(run, monkeypatch, seed):
     cut(monkeypatch, split_k=3)
     run(monkeypatch)
@@ -286,6 +410,12 @@ X, W = torch.zeros(3, 64), torch.zeros(6, 64)
         (X, W, {"residual": torch.zeros(3, 5)}, r"residual has shape \[3, 5\], expected \[3, 6\]"),
         (X, W[:5], {"gate": True}, "even N and no residual, got N 5"),
         (X, W, {"gate": True, "residual": torch.zeros(3, 6)}, "no residual"),
+        (X, W, {"norm": RowNorm(X[0, :5], EPS)}, r"norm.weight has shape \[5\], expected \[64\]"),
+        (X, W, {"norm": RowNorm(X[0].half(), EPS)}, "norm.weight is torch.float16"),
+        (X, W, {"norm": RowNorm(X[0], -EPS)}, "eps is -1e-05, expected a number >= 0"),
+        (X, W, {"norm": RowNorm(X[0], EPS, X[0])}, r"squares has shape \[64\], expected \[T, 3\]"),
+        (X, W, {"norm": RowNorm(X[0], EPS, X)}, r"squares has shape \[3, 64\], expected \[3, 3\]"),
+        (X, W, {"norm": RowNorm(X[0], EPS, X[:, :3].half())}, "squares is torch.float16"),
         (X, W, {"backend": "fast"}, "'fast', expected one of"),
     ],
 )  # fmt: skip
@@ -301,6 +431,7 @@ def test_kernel_wants_aligned_operands():
         (shifted, W, {}, "x"),
         (X, shifted, {}, "w"),
         (X, X, {"residual": torch.zeros(10)[1:].view(3, 3)}, "residual"),
+        (X, X, {"norm": RowNorm(torch.zeros(65)[1:], EPS)}, "norm.weight"),
     ):
         with pytest.raises(ValueError, match=f"{name} starts at .*, expected 16-byte steps"):
             skinny_linear(x, w, backend="triton", **options)
@@ -315,7 +446,9 @@ def test_backends_that_are_missing():
 @pytest.mark.parametrize("gate", [False, True])
 def test_opcheck(scratch, gate, seed):
     x, w = operands(3, 6, 64, torch.float32)
-    given = (int32([2]), torch.ones(6), None if gate else torch.ones(3, 6), gate, scratch, "auto")
+    residual = None if gate else torch.ones(3, 6)
+    norm = (torch.ones(64), EPS, torch.ones(2, 3), torch.ones(1, 3))
+    given = (int32([2]), torch.ones(6), residual, gate, *norm, scratch, "auto")
     torch.library.opcheck(torch.ops.xspec.skinny_linear, (x, w, *given))
 
 
@@ -374,6 +507,13 @@ def test_config_hash_names_the_card():
     assert len(hashes) == len(CARDS)
     assert all(len(value) == 12 and int(value, 16) >= 0 for value in hashes)
     assert tiles.config_hash(90) == tiles.config_hash(90)
+
+
+@pytest.mark.parametrize("file", ["tiles.py", "_tree_attention_triton.py"])
+def test_config_hash_follows_every_constant(file, monkeypatch):
+    before, read = tiles.config_hash(90), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == file))
+    assert tiles.config_hash(90) != before
 
 
 def test_early_launch_can_be_switched_off(monkeypatch):

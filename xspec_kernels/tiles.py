@@ -55,6 +55,8 @@ _TABLE = {
     (90, 32064, 4096): Tile(256, 64, 1, 8, 5, True),
     (90, 128256, 4096): Tile(256, 64, 1, 8, 5, True),
 }
+# Stages that leave room for two programs on a multiprocessor; 100 KiB of shared memory on 8.6, 8.9.
+_NF4_STAGES = {80: 4, 90: 5, 100: 5}
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 _MAX_SPLIT = 8
 _MIN_STEPS = 4
@@ -95,6 +97,20 @@ def tile_of(N: int, K: int, dtype: torch.dtype, card: int) -> Tile:
     )
 
 
+def nf4_tile_of(N: int, K: int, dtype: torch.dtype, card: int) -> Tile:
+    """The tile for a weight [N, K] in NF4: that of `tile_of` with a step of one block of 64
+    weights, so a function of the same four things.
+    """
+    tile = tile_of(N, K, dtype, card)
+    if card == INTERPRETER:
+        return tile
+    if dtype == torch.float32:
+        # A step of 64 columns without matrix units is long; a wider tile would spill registers.
+        return Tile(16, K_MULTIPLE, tile.split_k, 8, 2)
+    warps = max(4, tile.block_n // 32)
+    return Tile(tile.block_n, K_MULTIPLE, tile.split_k, warps, _NF4_STAGES.get(card, 3))
+
+
 def _split(N: int, K: int, block_n: int, block_k: int, card: int) -> int:
     """The programs a tile that fill one wave, each left with enough steps to pipeline."""
     wave = _MULTIPROCESSORS.get(card, 80) // -(-N // block_n)
@@ -113,8 +129,11 @@ def early_launch(card: int) -> bool:
 def config_hash(card: int) -> str:
     """12 hex digits for results to carry: another hash may mean other bits from the same weights.
 
-    Covers this file, Triton's version and the card.
+    Covers the tiles of the products (this file), the constants of attention (the file of its
+    kernels), Triton's version and the card.
     """
     version = _triton.MISSING or _triton.triton.__version__
-    key = f"{version} {card}\n".encode() + Path(__file__).read_bytes()
+    here = Path(__file__)
+    files = (here, here.parent / "kernels" / "_tree_attention_triton.py")
+    key = b"".join([f"{version} {card}\n".encode(), *(file.read_bytes() for file in files)])
     return hashlib.sha256(key).hexdigest()[:12]

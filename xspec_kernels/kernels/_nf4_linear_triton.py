@@ -14,8 +14,15 @@ import struct
 
 from xspec_kernels import nf4
 from xspec_kernels._triton import jit, tl
-from xspec_kernels.kernels._product import count_rows, leave_partial, narrow, sum_partials
-from xspec_kernels.kernels.skinny_linear import _finish
+from xspec_kernels.kernels._epilogue import finish
+from xspec_kernels.kernels._product import (
+    count_rows,
+    leave_partial,
+    narrow,
+    normalized,
+    sum_partials,
+)
+from xspec_kernels.kernels._row_norm import row_scale
 
 
 def table_source(pair: str) -> str:
@@ -144,7 +151,7 @@ def _multiply(words, scale, code, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
 
 @jit()
 def _tile_product(
-    x, words, scales, code, scale_code, levels, M, tile, split, block,
+    x, words, scales, code, scale_code, levels, norm, factor, M, tile, split, block,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     OPAQUE: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -158,11 +165,18 @@ def _tile_product(
         # Columns behind the last one are computed from its weights and never stored.
         n = tl.minimum(n, N - 1)
     rows = (block * BM + row < M)[:, None]
-    x_at = x + block.to(tl.int64) * (BM * K) + row[:, None] * K + tl.arange(0, BK)[None, :]
+    k = tl.arange(0, BK)
+    x_at = x + block.to(tl.int64) * (BM * K) + row[:, None] * K + k[None, :]
     words_at = words + n.to(tl.int64)[:, None] * (K // 8) + tl.arange(0, 8)[None, :]
+    if norm is not None:
+        weight = tl.load(norm + split * STEPS // SPLIT_K * BK + k)
     total = tl.zeros((BM, BN), tl.float32)
     for step in tl.range(split * STEPS // SPLIT_K, (split + 1) * STEPS // SPLIT_K):
         a = tl.load(x_at + step * BK, mask=rows, other=0.0)
+        if norm is not None:
+            following = tl.load(norm + tl.minimum(step + 1, STEPS - 1) * BK + k)
+            a = normalized(a, factor, weight, INTERPRETED)
+            weight = following
         q = tl.load(words_at + step * 8)
         scale = _scale(
             scales, scale_code, levels, n, step, STEPS, GROUPS, PARTS, GROUP_SIZE, INTERPRETED
@@ -178,7 +192,10 @@ def _tile_product(
     return total
 
 
-@jit(do_not_specialize=["M", "bounded"], do_not_specialize_on_alignment=["num_rows", "bias"])
+@jit(
+    do_not_specialize=["M", "bounded"],
+    do_not_specialize_on_alignment=["num_rows", "bias", "squares", "squares_out"],
+)
 def nf4_linear_kernel(
     x,  # [M, K]
     words,  # [N, K/8] int32, eight weights each
@@ -190,6 +207,10 @@ def nf4_linear_kernel(
     y,  # [M, N], [M, N/2] for the gate
     bias,  # [N] or None
     residual,  # [M, N] or None
+    norm,  # [K], weight of the RMSNorm of x, or None
+    squares,  # [PARTS, M] fp32 of x's rows, or None
+    squares_out,  # [TILES, M] fp32 of y's rows, or None
+    eps,
     partial,  # [row blocks * BM, SPLIT_K, TILES * BN] fp32, or None for SPLIT_K == 1
     semaphore,  # [row blocks * TILES] int32 zeros
     num_rows,  # [1] int32, read if `bounded`
@@ -205,6 +226,7 @@ def nf4_linear_kernel(
     PARTS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GATE: tl.constexpr,
+    NORM_PARTS: tl.constexpr,
     OPAQUE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -215,14 +237,21 @@ def nf4_linear_kernel(
     rows = count_rows(early, num_rows, M, bounded, tile, split, N, K // 8, BN, BK // 8, SPLIT_K)
     if block * BM >= rows:
         return
+    factor = None
+    if norm is not None:
+        factor = row_scale(squares, eps, M, rows, block, K, BM, NORM_PARTS)
     total = _tile_product(
-        x, words, scales, code, scale_code, levels, rows, tile, split, block,
+        x, words, scales, code, scale_code, levels, norm, factor, rows, tile, split, block,
         N, K, BM, BN, BK, SPLIT_K, GROUPS, PARTS, GROUP_SIZE, OPAQUE, INTERPRETED,
     )  # fmt: skip
     if early is not None:
         tl.extra.cuda.gdc_launch_dependents()
-    if SPLIT_K == 1:
-        _finish(total, y, bias, residual, rows, tile, block, N, BM, BN, GATE, INTERPRETED)
-    elif leave_partial(total, partial, semaphore, rows, tile, split, block, TILES, BM, BN, SPLIT_K):
+    if SPLIT_K > 1:
+        if not leave_partial(
+            total, partial, semaphore, rows, tile, split, block, TILES, BM, BN, SPLIT_K
+        ):
+            return
         total = sum_partials(partial, semaphore, rows, tile, block, TILES, BM, BN, SPLIT_K)
-        _finish(total, y, bias, residual, rows, tile, block, N, BM, BN, GATE, INTERPRETED)
+    finish(
+        total, y, bias, residual, squares_out, M, rows, tile, block, N, BM, BN, GATE, INTERPRETED
+    )

@@ -41,6 +41,14 @@ def narrow(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @jit()
+def normalized(a, scale, weight, INTERPRETED: tl.constexpr):
+    """A block of x as RMSNorm leaves it: rounded after the scale and again after the weight."""
+    dtype: tl.constexpr = a.dtype
+    a = narrow(a.to(tl.float32) * scale[:, None], dtype, INTERPRETED).to(tl.float32)
+    return narrow(a * weight.to(tl.float32)[None, :], dtype, INTERPRETED)
+
+
+@jit()
 def count_rows(
     weights,  # [N, K] or None: no early launch
     num_rows,  # [1] int32, read if `bounded`
@@ -76,6 +84,8 @@ def count_rows(
 def tile_product(
     x,  # [M, K]
     w,  # [N, K] pointer, or its descriptor of [BN, BK] blocks
+    norm,  # [K], weight of the RMSNorm of x, or None
+    scale,  # [BM] fp32 of that norm, or None
     M,
     tile,
     split,
@@ -99,9 +109,16 @@ def tile_product(
     if not TMA:
         w_at = w + tile.to(tl.int64) * (BN * K) + column[:, None] * K + k[None, :]
         columns = (tile * BN + column < N)[:, None]
+    if norm is not None:
+        factor = tl.load(norm + split * STEPS // SPLIT_K * BK + k)
     total = tl.zeros((BM, BN), tl.float32)
     for step in tl.range(split * STEPS // SPLIT_K, (split + 1) * STEPS // SPLIT_K):
         a = tl.load(x_at + step * BK, mask=rows, other=0.0)
+        if norm is not None:
+            # Too narrow for the compiler to fetch ahead.
+            following = tl.load(norm + tl.minimum(step + 1, STEPS - 1) * BK + k)
+            a = normalized(a, scale, factor, INTERPRETED)
+            factor = following
         if TMA:
             b = w.load([tile * BN, step * BK])
         elif N % BN == 0:

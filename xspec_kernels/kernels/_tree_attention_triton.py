@@ -299,7 +299,7 @@ def run(
     if scratch is None:
         scratch = q.new_empty(scratch_floats(q, max_seqlen), dtype=torch.float32)
     tuned = config(card_of(q.device), head_dim, q.element_size())
-    merged = 1
+    merged = max(1, 128 // head_dim)  # rows of a warp that loads 16 bytes a lane
     if INTERPRETED:  # all rows in one near and one merge program: time goes by program there
         merged = 1 << (packed - 1).bit_length()
         tuned = tuned._replace(BR=merged)

@@ -114,7 +114,7 @@ def _lm_head_tiles_kernel(
     if block * BM >= rows:
         return
     total = tile_product(
-        x, w, rows, tile, split, block, N, K, BM, BN, BK, SPLIT_K, TMA, INTERPRETED
+        x, w, None, None, rows, tile, split, block, N, K, BM, BN, BK, SPLIT_K, TMA, INTERPRETED
     )
     if weights is not None:
         tl.extra.cuda.gdc_launch_dependents()

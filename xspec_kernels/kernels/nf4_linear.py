@@ -12,37 +12,22 @@ import torch
 from xspec_kernels import nf4
 from xspec_kernels._dispatch import check_tensor, choose, register
 from xspec_kernels._triton import INTERPRETED, launch
+from xspec_kernels.kernels._epilogue import check_epilogue
 from xspec_kernels.kernels._nf4_linear_triton import nf4_linear_kernel
 from xspec_kernels.kernels._product import check_alignment, product_scratch
+from xspec_kernels.kernels._row_norm import (
+    RowNorm,
+    check_norm,
+    check_squares_out,
+    new_squares,
+    norm_arguments,
+    normed_ref,
+    unpack,
+)
 from xspec_kernels.kernels.skinny_linear import skinny_linear_ref
 from xspec_kernels.nf4 import BLOCK, GROUP, Nested, NF4Weight
-from xspec_kernels.tiles import (
-    BLOCK_M,
-    DTYPES,
-    INTERPRETER,
-    Tile,
-    card_of,
-    early_launch,
-    tile_of,
-)
+from xspec_kernels.tiles import BLOCK_M, DTYPES, card_of, early_launch, nf4_tile_of
 from xspec_kernels.workspace import Workspace
-
-# Stages that leave room for two programs on a multiprocessor; 100 KiB of shared memory on 8.6, 8.9.
-_STAGES = {80: 4, 90: 5, 100: 5}
-
-
-def nf4_tile_of(N: int, K: int, dtype: torch.dtype, card: int) -> Tile:
-    """The tile for a weight [N, K]: that of skinny_linear with a step of one block of 64 weights,
-    so a function of the same four things.
-    """
-    tile = tile_of(N, K, dtype, card)
-    if card == INTERPRETER:
-        return tile
-    if dtype == torch.float32:
-        # A step of 64 columns without matrix units is long; a wider tile would spill registers.
-        return Tile(16, BLOCK, tile.split_k, 8, 2)
-    warps = max(4, tile.block_n // 32)
-    return Tile(tile.block_n, BLOCK, tile.split_k, warps, _STAGES.get(card, 3))
 
 
 def looks_through(card: int) -> bool:
@@ -63,11 +48,16 @@ def nf4_linear_ref(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.Tensor:
     """skinny_linear on the dequantized weights, about a million of them at a time."""
     w = _weight(packed, scales, nested, parts, x.dtype)
     whole = nf4.absmax(w) if dense is None else None
+    x = normed_ref(x, norm, eps)
     found = []
     for rows in nf4.pieces(w):
         if dense is None:
@@ -78,7 +68,9 @@ def nf4_linear_ref(
             None if bias is None else bias[rows],
             None if residual is None else residual[:, rows],
         )
-        found.append(skinny_linear_ref(x, piece, num_rows, *own, gate, scratch))
+        found.append(
+            skinny_linear_ref(x, piece, num_rows, *own, gate, None, 0.0, None, None, scratch)
+        )
     return torch.cat(found, 1)
 
 
@@ -93,28 +85,36 @@ def _triton(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.Tensor:
     N, K = packed.shape[0], x.shape[1]
     y = x.new_empty(x.shape[0], N // 2 if gate else N)
+    op = "nf4_linear"
     for name, tensor in (("x", x), ("w.packed", packed), ("residual", residual)):
         if tensor is not None:
-            check_alignment("nf4_linear", name, tensor)
+            check_alignment(op, name, tensor)
     card = card_of(x.device)
     tile = nf4_tile_of(N, K, x.dtype, card)
+    check_squares_out(op, squares_out, N, tile)
     partial, semaphore = scratch or product_scratch(Workspace(x.device), x, N, tile)
+    squares, norm_parts = norm_arguments(op, x, norm, squares)
     scale_code, levels = nested or (None, None)
     words = packed.view(torch.int32)
     early = early_launch(card)
     launch(
         nf4_linear_kernel, (-(-N // tile.block_n), tile.split_k, -(-x.shape[0] // BLOCK_M)),
         x.device, x, words, words if early else None, scales, nf4.codebook(x.device), scale_code,
-        levels, y, bias, residual, partial if tile.split_k > 1 else None, semaphore,
+        levels, y, bias, residual, norm, squares, squares_out, eps,
+        partial if tile.split_k > 1 else None, semaphore,
         semaphore if num_rows is None else num_rows, x.shape[0], int(num_rows is not None),
         N=N, K=K, BM=BLOCK_M, BN=tile.block_n, BK=BLOCK, SPLIT_K=tile.split_k,
         GROUPS=levels.shape[1] if nested else 0, PARTS=parts, GROUP_SIZE=GROUP, GATE=gate,
-        OPAQUE=looks_through(card),
-        INTERPRETED=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        NORM_PARTS=norm_parts, OPAQUE=looks_through(card), INTERPRETED=INTERPRETED,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y
@@ -141,6 +141,10 @@ def _check(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.device:
     op, device = "nf4_linear", x.device
@@ -173,38 +177,21 @@ def _check(
         check_tensor(op, "w.dense", dense, (N, K), (x.dtype,), device)
     if num_rows is not None:
         check_tensor(op, "num_rows", num_rows, (1,), (torch.int32,), device)
-    _check_epilogue(op, x, N, bias, residual, gate)
+    check_epilogue(op, x, N, bias, residual, gate)
+    check_norm(op, x, norm, eps, squares, squares_out)
     return device
 
 
-def _check_epilogue(
-    op: str,
-    x: torch.Tensor,
-    N: int,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gate: bool,
-) -> None:
-    if gate and (N % 2 or residual is not None):
-        raise ValueError(
-            f"{op}: gate=True needs an even N and no residual, got N {N} and residual "
-            f"{None if residual is None else list(residual.shape)}"
-        )
-    for name, tensor, shape in (("bias", bias, (N,)), ("residual", residual, (x.shape[0], N))):
-        if tensor is not None:
-            check_tensor(op, name, tensor, shape, (x.dtype,), x.device)
-
-
 def _fake(x: torch.Tensor, packed: torch.Tensor, *others) -> torch.Tensor:
-    gate = others[-2]
+    gate = others[7]
     return x.new_empty(x.shape[0], packed.shape[0] // 2 if gate else packed.shape[0])
 
 
 _OP = register(
     "nf4_linear",
     "(Tensor x, Tensor packed, Tensor scales, Tensor[] nested, int parts, Tensor? dense,"
-    " Tensor? num_rows, Tensor? bias, Tensor? residual, bool gate, Tensor(a!)[] scratch,"
-    " str backend) -> Tensor",
+    " Tensor? num_rows, Tensor? bias, Tensor? residual, bool gate, Tensor? norm, float eps,"
+    " Tensor? squares, Tensor(b!)? squares_out, Tensor(a!)[] scratch, str backend) -> Tensor",
     check=_check,
     fake=_fake,
     torch=nf4_linear_ref,
@@ -220,36 +207,45 @@ def nf4_linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gate: bool = False,
+    norm: RowNorm | None = None,
+    with_squares: bool = False,
     workspace: Workspace | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """y = x W^T with W in NF4, then bias, SiLU-gate or residual.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """y = x W^T with W in NF4, x normalized first where there is a norm, then the epilogue.
 
     Args:
         x: [M, K] float32, float16 or bfloat16, K a multiple of 64.
         w: [N, K], any N; with `gate`, as `nf4.interleave` lays it out. Its weights are those of
             `nf4.dequantize(w, x.dtype)`.
-        num_rows, bias, residual, gate, workspace: as of `skinny_linear`.
+        num_rows, bias, residual, gate, norm, with_squares, workspace: as of `skinny_linear`.
         backend: see `xspec_kernels`. `torch` dequantizes about a million weights at a time (some
             12 MB), at every call, unless `w.dense` has x's dtype; it keeps a row's bits
             independent of M where XSPEC_EXACT=1.
 
     Returns:
-        [M, N], dtype of x; [M, N/2] with `gate`.
+        As `skinny_linear`.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or a tensor is not contiguous; the Triton
-            kernel also wants x, the packed weights and residual to start at a multiple of 16 bytes.
+            kernel also wants x, w.packed, residual and norm.weight to start at multiples of 16
+            bytes.
     """
     chosen = choose("nf4_linear", backend, x.device.type)
     nested, parts = ([w.nested.code, w.nested.levels], w.nested.parts) if w.nested else ([], 1)
     dense = w.dense if chosen == "torch" and w.dense is not None else None
     if dense is not None and dense.dtype != x.dtype:
         dense = None
-    given = (x, w.packed, w.scales, nested, parts, dense, num_rows, bias, residual, gate)
-    scratch: list[torch.Tensor] = []
-    if workspace is not None and chosen == "triton":
-        _check(*given, scratch)
+    given = (
+        x, w.packed, w.scales, nested, parts, dense, num_rows, bias, residual, gate, *unpack(norm),
+    )  # fmt: skip
+    squares_out, scratch = None, []
+    if chosen == "triton" and (with_squares or workspace is not None):
+        _check(*given, None, scratch)
         tile = nf4_tile_of(*w.shape, x.dtype, card_of(x.device))
-        scratch = product_scratch(workspace, x, w.shape[0], tile)
-    return _OP(*given, scratch, backend)
+        if with_squares:
+            squares_out = new_squares(x, w.shape[0], tile)
+        if workspace is not None:
+            scratch = product_scratch(workspace, x, w.shape[0], tile)
+    y = _OP(*given, squares_out, scratch, backend)
+    return (y, squares_out) if with_squares else y

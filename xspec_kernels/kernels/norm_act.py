@@ -114,9 +114,14 @@ def _check(
     check_tensor(op, "weight", weight, x.shape[1:], (x.dtype,), device)
     if residual is not None:
         check_tensor(op, "residual", residual, x.shape, (x.dtype,), device)
+    check_eps(op, eps)
+    return device
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Raise ValueError unless `eps` is a number >= 0."""
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, expected a number >= 0")
-    return device
 
 
 _OP = register(

@@ -11,19 +11,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from xspec_kernels._dispatch import check_tensor, choose, exact, register
+from xspec_kernels._dispatch import choose, exact, register
 from xspec_kernels._triton import jit, launch, tl
+from xspec_kernels.kernels._epilogue import check_epilogue, finish
 from xspec_kernels.kernels._product import (
     check_alignment,
     check_product,
     count_rows,
     leave_partial,
     linear_rows,
-    narrow,
     product_arguments,
     product_scratch,
     sum_partials,
     tile_product,
+)
+from xspec_kernels.kernels._row_norm import (
+    RowNorm,
+    check_norm,
+    check_squares_out,
+    new_squares,
+    norm_arguments,
+    normed_ref,
+    row_scale,
+    unpack,
 )
 from xspec_kernels.tiles import BLOCK_M, card_of, tile_of
 from xspec_kernels.workspace import Workspace
@@ -54,10 +64,14 @@ def skinny_linear_ref(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.Tensor:
     """The definition, but for the rounding of the product to x's dtype; computes every row."""
-    product = linear_rows(x, w, bias)
+    product = linear_rows(normed_ref(x, norm, eps), w, bias)
     if gate:
         pairs = product.float().unflatten(1, (-1, 2))
         product = _silu(pairs[:, :, 0]) * pairs[:, :, 1]
@@ -66,38 +80,10 @@ def skinny_linear_ref(
     return product.to(x.dtype)
 
 
-@jit()
-def _finish(
-    total,
-    y,
-    bias,
-    residual,
-    M,
-    tile,
-    block,
-    N: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GATE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    m = block * BM + tl.arange(0, BM)
-    n = tile * BN + tl.arange(0, BN)
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if GATE:
-        gate, up = tl.split(tl.reshape(total, (BM, BN // 2, 2)))
-        total = gate / (1.0 + tl.exp(-gate)) * up
-        n = tile * (BN // 2) + tl.arange(0, BN // 2)
-    WIDTH: tl.constexpr = N // 2 if GATE else N
-    at = m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-    inside = (m < M)[:, None] & (n < WIDTH)[None, :]
-    if residual is not None:
-        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, narrow(total, y.dtype.element_ty, INTERPRETED), mask=inside)
-
-
-@jit(do_not_specialize=["M", "bounded"], do_not_specialize_on_alignment=["num_rows", "bias"])
+@jit(
+    do_not_specialize=["M", "bounded"],
+    do_not_specialize_on_alignment=["num_rows", "bias", "squares", "squares_out"],
+)
 def _skinny_linear_kernel(
     x,  # [M, K]
     w,  # [N, K] pointer, or its descriptor of [BN, BK] blocks
@@ -105,6 +91,10 @@ def _skinny_linear_kernel(
     y,  # [M, N], [M, N/2] for the gate
     bias,  # [N] or None
     residual,  # [M, N] or None
+    norm,  # [K], weight of the RMSNorm of x, or None
+    squares,  # [PARTS, M] fp32 of x's rows, or None
+    squares_out,  # [TILES, M] fp32 of y's rows, or None
+    eps,
     partial,  # [row blocks * BM, SPLIT_K, TILES * BN] fp32, or None for SPLIT_K == 1
     semaphore,  # [row blocks * TILES] int32 zeros
     num_rows,  # [1] int32, read if `bounded`
@@ -117,6 +107,7 @@ def _skinny_linear_kernel(
     BK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GATE: tl.constexpr,
+    PARTS: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -127,16 +118,23 @@ def _skinny_linear_kernel(
     rows = count_rows(weights, num_rows, M, bounded, tile, split, N, K, BN, BK, SPLIT_K)
     if block * BM >= rows:
         return
+    scale = None
+    if norm is not None:
+        scale = row_scale(squares, eps, M, rows, block, K, BM, PARTS)
     total = tile_product(
-        x, w, rows, tile, split, block, N, K, BM, BN, BK, SPLIT_K, TMA, INTERPRETED
+        x, w, norm, scale, rows, tile, split, block, N, K, BM, BN, BK, SPLIT_K, TMA, INTERPRETED
     )
     if weights is not None:
         tl.extra.cuda.gdc_launch_dependents()
-    if SPLIT_K == 1:
-        _finish(total, y, bias, residual, rows, tile, block, N, BM, BN, GATE, INTERPRETED)
-    elif leave_partial(total, partial, semaphore, rows, tile, split, block, TILES, BM, BN, SPLIT_K):
+    if SPLIT_K > 1:
+        if not leave_partial(
+            total, partial, semaphore, rows, tile, split, block, TILES, BM, BN, SPLIT_K
+        ):
+            return
         total = sum_partials(partial, semaphore, rows, tile, block, TILES, BM, BN, SPLIT_K)
-        _finish(total, y, bias, residual, rows, tile, block, N, BM, BN, GATE, INTERPRETED)
+    finish(
+        total, y, bias, residual, squares_out, M, rows, tile, block, N, BM, BN, GATE, INTERPRETED
+    )
 
 
 def _triton(
@@ -146,19 +144,25 @@ def _triton(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.Tensor:
-    y = _fake(x, w, num_rows, bias, residual, gate, scratch)
+    op, y = "skinny_linear", _fake(x, w, num_rows, bias, residual, gate)
     tile = tile_of(*w.shape, w.dtype, card_of(x.device))
+    check_squares_out(op, squares_out, w.shape[0], tile)
     partial, semaphore = scratch or product_scratch(Workspace(x.device), x, w.shape[0], tile)
     if residual is not None:
-        check_alignment("skinny_linear", "residual", residual)
-    weights, rows, constants = product_arguments("skinny_linear", x, w, num_rows, tile)
+        check_alignment(op, "residual", residual)
+    weights, rows, constants = product_arguments(op, x, w, num_rows, tile)
+    squares, parts = norm_arguments(op, x, norm, squares)
     grid = (-(-w.shape[0] // tile.block_n), tile.split_k, -(-x.shape[0] // BLOCK_M))
     launch(
-        _skinny_linear_kernel, grid, x.device, x, *weights, y, bias, residual,
-        partial if tile.split_k > 1 else None, semaphore,
-        semaphore if num_rows is None else num_rows, *rows, GATE=gate, **constants,
+        _skinny_linear_kernel, grid, x.device, x, *weights, y, bias, residual, norm, squares,
+        squares_out, eps, partial if tile.split_k > 1 else None, semaphore,
+        semaphore if num_rows is None else num_rows, *rows, GATE=gate, PARTS=parts, **constants,
     )  # fmt: skip
     return y
 
@@ -170,20 +174,15 @@ def _check(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
+    norm: torch.Tensor | None,
+    eps: float,
+    squares: torch.Tensor | None,
+    squares_out: torch.Tensor | None,
     scratch: list[torch.Tensor],
 ) -> torch.device:
-    op = "skinny_linear"
-    device = check_product(op, x, w, num_rows)
-    M, N = x.shape[0], w.shape[0]
-    if bias is not None:
-        check_tensor(op, "bias", bias, (N,), (x.dtype,), device)
-    if gate and (N % 2 or residual is not None):
-        raise ValueError(
-            f"{op}: gate=True needs an even N and no residual, got N {N} and residual "
-            f"{None if residual is None else list(residual.shape)}"
-        )
-    if residual is not None:
-        check_tensor(op, "residual", residual, (M, N), (x.dtype,), device)
+    device = check_product("skinny_linear", x, w, num_rows)
+    check_epilogue("skinny_linear", x, w.shape[0], bias, residual, gate)
+    check_norm("skinny_linear", x, norm, eps, squares, squares_out)
     return device
 
 
@@ -194,7 +193,7 @@ def _fake(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: bool,
-    scratch: list[torch.Tensor],
+    *others,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], w.shape[0] // 2 if gate else w.shape[0])
 
@@ -202,7 +201,8 @@ def _fake(
 _OP = register(
     "skinny_linear",
     "(Tensor x, Tensor w, Tensor? num_rows, Tensor? bias, Tensor? residual, bool gate,"
-    " Tensor(a!)[] scratch, str backend) -> Tensor",
+    " Tensor? norm, float eps, Tensor? squares, Tensor(b!)? squares_out, Tensor(a!)[] scratch,"
+    " str backend) -> Tensor",
     check=_check,
     fake=_fake,
     torch=skinny_linear_ref,
@@ -218,10 +218,12 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gate: bool = False,
+    norm: RowNorm | None = None,
+    with_squares: bool = False,
     workspace: Workspace | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """y = x W^T, then bias, SiLU-gate or residual.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """y = x W^T, x normalized first where there is a norm, then bias, SiLU-gate or residual.
 
     Args:
         x: [M, K] float32, float16 or bfloat16, K a multiple of 64.
@@ -231,20 +233,30 @@ def skinny_linear(
         bias: [N], dtype of x.
         residual: [M, N], dtype of x, added last.
         gate: y[:, j] = silu(product[:, 2j]) * product[:, 2j + 1].
+        norm: RMSNorm of x, rounded as `norm_act` rounds it.
+        with_squares: give y's rows to the norm of a later product.
         workspace: scratch of this decoder and stream; None allocates for this call.
         backend: see `xspec_kernels`. `torch` rounds the product to x's dtype before the epilogue,
             and keeps a row's bits independent of M where XSPEC_EXACT=1.
 
     Returns:
-        [M, N], dtype of x; [M, N/2] with `gate`.
+        [M, N], dtype of x; [M, N/2] with `gate`. With `with_squares` a pair: that, and `squares` of
+        the `RowNorm` that takes it as x; None from `torch`, which has no use for them.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or a tensor is not contiguous; the Triton
-            kernel also wants x, w and residual to start at a multiple of 16 bytes.
+            kernel also wants x, w, residual and norm.weight to start at a multiple of 16 bytes.
     """
-    scratch: list[torch.Tensor] = []
-    if workspace is not None and choose("skinny_linear", backend, x.device.type) == "triton":
-        _check(x, w, num_rows, bias, residual, gate, scratch)
+    given = (x, w, num_rows, bias, residual, gate, *unpack(norm))
+    squares_out, scratch = None, []
+    if (with_squares or workspace is not None) and (
+        choose("skinny_linear", backend, x.device.type) == "triton"
+    ):
+        _check(*given, None, scratch)
         tile = tile_of(*w.shape, w.dtype, card_of(x.device))
-        scratch = product_scratch(workspace, x, w.shape[0], tile)
-    return _OP(x, w, num_rows, bias, residual, gate, scratch, backend)
+        if with_squares:
+            squares_out = new_squares(x, w.shape[0], tile)
+        if workspace is not None:
+            scratch = product_scratch(workspace, x, w.shape[0], tile)
+    y = _OP(*given, squares_out, scratch, backend)
+    return (y, squares_out) if with_squares else y

@@ -7,11 +7,12 @@ JIT would compile: types, constants and options are those of the launchers thems
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import xspec_kernels as xspec
+from xspec_kernels import nf4, tiles
 
 from .machine_code import Source, recorded, source_of
 
@@ -39,6 +40,10 @@ MODELS = {
 }
 
 
+# Whose products are compiled for NF4 weights too.
+IN_NF4 = ("Llama-7B",)
+
+
 def _new(*shape: int, dtype: torch.dtype = _DTYPE) -> torch.Tensor:
     # Never written nor read, so a weight of a gigabyte takes no memory.
     return torch.empty(shape, dtype=dtype)
@@ -53,13 +58,59 @@ def _attention(model: Model) -> None:
     )  # fmt: skip
 
 
-def _linear(out: int, width: int, **options: bool) -> None:
-    residual = _new(_ROWS, out) if options.pop("residual", False) else None
-    bias = _new(out) if options.pop("bias", False) else None
-    xspec.skinny_linear(
-        _new(_ROWS, width), _new(out, width), residual=residual, bias=bias, backend="triton",
-        **options,
-    )  # fmt: skip
+class Products:
+    """The products of a layer, with the norms and residuals that belong to them.
+
+    Args:
+        arch: the card, whose tiles say how many squares a row has.
+        packed: weights in NF4.
+    """
+
+    def __init__(self, model: Model, arch: int, packed: bool) -> None:
+        self.width, self.hidden = model.heads * model.head_dim, model.hidden
+        self.wide = self.width + 2 * model.kv_heads * model.head_dim
+        self.inner, self.arch, self.packed = model.intermediate, arch, packed
+
+    def first_qkv(self) -> None:
+        """Of the first layer: nobody has left squares."""
+        self._run(self.wide, self.hidden, norm=self._norm())
+
+    def qkv(self) -> None:
+        self._run(self.wide, self.hidden, norm=self._norm(self.inner))
+
+    def o(self) -> None:
+        self._run(self.hidden, self.width, residual=_new(_ROWS, self.hidden), with_squares=True)
+
+    def gate_up(self) -> None:
+        self._run(2 * self.inner, self.hidden, norm=self._norm(self.width), gate=True)
+
+    def down(self) -> None:
+        self._run(self.hidden, self.inner, residual=_new(_ROWS, self.hidden), with_squares=True)
+
+    def _norm(self, maker: int | None = None) -> xspec.RowNorm:
+        """Of rows that a weight [hidden, maker] made."""
+        squares = None
+        if maker is not None:
+            cut = tiles.nf4_tile_of if self.packed else tiles.tile_of
+            tile = cut(self.hidden, maker, _DTYPE, self.arch)
+            squares = _new(-(-self.hidden // tile.block_n), _ROWS, dtype=torch.float32)
+        return xspec.RowNorm(_new(self.hidden), 1e-5, squares)
+
+    def _run(self, out: int, width: int, **options: Any) -> None:
+        x, options["backend"] = _new(_ROWS, width), "triton"
+        if self.packed:
+            xspec.nf4_linear(x, _nf4(out, width, 2 if "gate" in options else 1), **options)
+        else:
+            xspec.skinny_linear(x, _new(out, width), **options)
+
+
+def _nf4(out: int, width: int, parts: int) -> xspec.NF4Weight:
+    """A weight with quantized scales, of `parts` interleaved matrices."""
+    blocks = width // nf4.BLOCK
+    groups = parts * -(-(out // parts) * blocks // nf4.GROUP)
+    code, levels = (_new(*shape, dtype=torch.float32) for shape in ((256,), (2, groups)))
+    words, scales = (_new(out, size, dtype=torch.uint8) for size in (width // 2, blocks))
+    return xspec.NF4Weight(words, scales, _DTYPE, nf4.Nested(code, levels, parts))
 
 
 def _rope(model: Model) -> None:
@@ -83,10 +134,14 @@ def _tail(model: Model) -> None:
     )  # fmt: skip
 
 
-def _calls(model: Model) -> list[tuple[tuple[str, ...], Callable[[], object]]]:
-    """(names of the kernels that the call launches, the call), in the order of a forward pass."""
-    width, inner = model.heads * model.head_dim, model.intermediate
-    qkv = width + 2 * model.kv_heads * model.head_dim
+def _calls(
+    model: Model, arch: int, quantized: bool
+) -> list[tuple[tuple[str, ...], Callable[[], object]]]:
+    """(names of the kernels that the call launches, the call), in the order of a forward pass; the
+    NF4 forms of its products where `quantized`.
+    """
+    plain, packed = (Products(model, arch, packed) for packed in (False, True))
+    names = ("qkv", "o", "gate_up", "down")
     x, weight = _new(_ROWS, model.hidden), _new(model.hidden)
     ids = _new(_ROWS, dtype=torch.int64)
     head = _new(model.vocab, model.hidden)
@@ -97,12 +152,14 @@ def _calls(model: Model) -> list[tuple[tuple[str, ...], Callable[[], object]]]:
             ("norm_act_residual",),
             lambda: xspec.norm_act(x, weight, 1e-5, residual=x, backend="triton"),
         ),
-        (("qkv",), lambda: _linear(qkv, model.hidden)),
+        (("row_squares", "first_qkv"), plain.first_qkv),
+        (("qkv",), plain.qkv),
         (("rope_append",), lambda: _rope(model)),
         (("tree_attention", "attention_merge"), lambda: _attention(model)),
-        (("o",), lambda: _linear(model.hidden, width, residual=True)),
-        (("gate_up",), lambda: _linear(2 * inner, model.hidden, gate=True)),
-        (("down",), lambda: _linear(model.hidden, inner, residual=True)),
+        (("o",), plain.o),
+        (("gate_up",), plain.gate_up),
+        (("down",), plain.down),
+        *(((f"nf4_{name}",), getattr(packed, name)) for name in names if quantized),
         (
             ("lm_head", "lm_head_join"),
             lambda: xspec.lm_head_argmax(x, head, round_to=_DTYPE, backend="triton"),
@@ -136,7 +193,7 @@ def cases(models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = ARCHS) -
         for model in models:
             names: list[str] = []
             with recorded(arch) as launches:
-                for kernels, call in _calls(MODELS[model]):
+                for kernels, call in _calls(MODELS[model], arch, model in IN_NF4):
                     call()
                     names += kernels
             for name, launch in zip(names, launches, strict=True):

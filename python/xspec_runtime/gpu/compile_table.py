@@ -14,13 +14,16 @@ import xspec_kernels as xspec
 
 from ..environment import environment
 from ..files import read_json
-from .compile_cases import MODELS, Case, cases
+from .compile_cases import Case, cases
 from .machine_code import facts
 
 SCHEMA = "xspec.compile/1"
 # Compute capability -> KiB of shared memory that one program may have.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
-PRODUCTS = ("tree_attention", "qkv", "o", "gate_up", "down", "lm_head")
+_LINEAR = ("qkv", "o", "gate_up", "down")
+PRODUCTS = (
+    "tree_attention", "first_qkv", *_LINEAR, *(f"nf4_{name}" for name in _LINEAR), "lm_head",
+)  # fmt: skip
 # These read single words: tables of a tree, and what the tiles of the vocabulary left.
 NARROW = ("lm_head_join", "accept", "commit")
 
@@ -60,9 +63,7 @@ def faults(entry: Entry) -> list[str]:
     # Attention has two products of different widths; elsewhere one instruction serves every row.
     if len(entry["matrix"]) > (2 if kernel == "tree_attention" else 1):
         found.append(f"mixes matrix instructions {entry['matrix']}")
-    # A warp merges a row of 64 sums at 8 bytes a lane.
-    short = kernel == "attention_merge" and MODELS[entry["model"]].head_dim < 128
-    if kernel not in NARROW and not short and not entry["wide_loads"]:
+    if kernel not in NARROW and not entry["wide_loads"]:
         found.append("loads nothing 16 bytes at a time")
     return found
 

@@ -16,7 +16,6 @@ from xspec_kernels import (
     norm_act,
     rope_append,
     rope_table,
-    skinny_linear,
     tree_attention,
     tree_mask,
     verify_tail,
@@ -31,13 +30,10 @@ _DTYPES = tuple(TOLERANCE)
 _WIDTHS = dict(zip(_DTYPES, (40, 4096, 576), strict=True))
 _VOCABULARY = dict(zip(_DTYPES, ((500, 64), (1031, 192), (3, 64)), strict=True))
 _HEADS = dict(zip(_DTYPES, ((3, 1, 32), (2, 2, 128), (4, 2, 64)), strict=True))
-_LINEAR = (
-    ("none", 66, 64, torch.float32), ("bias", 150, 192, torch.float16),
-    ("residual", 258, 576, torch.bfloat16), ("gate", 302, 1088, torch.bfloat16),
-)  # fmt: skip
 
 
-def _draw(rng: random.Random) -> torch.Generator:
+def draws(rng: random.Random) -> torch.Generator:
+    """Of tensors, seeded by `rng`."""
     return torch.Generator().manual_seed(rng.randrange(2**31))
 
 
@@ -56,7 +52,7 @@ def embed_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Case]:
     for rows in sizes:
         for dtype in _DTYPES:
             width = _WIDTHS[dtype]
-            table = torch.randn(97, width, generator=_draw(rng)).to(dtype)
+            table = torch.randn(97, width, generator=draws(rng)).to(dtype)
             ids = torch.tensor([rng.randint(-2, 98) for _ in range(rows)])
             name = f"{rows} ids of 97 x {width}, {str(dtype)[6:]}"
             yield Case("embed", name, [ids, table], call, ("rows", "missing"))
@@ -75,43 +71,13 @@ def norm_act_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Case]
     for rows in sizes:
         for dtype in _DTYPES:
             for added in (False, True):
-                width, draw = _WIDTHS[dtype], _draw(rng)
+                width, draw = _WIDTHS[dtype], draws(rng)
                 x, other = (torch.randn(rows, width, generator=draw).to(dtype) for _ in "ab")
                 weight = torch.randn(width, generator=draw).to(dtype)
                 inputs: Tensors = [x, weight, other if added else None]
                 name = f"{rows} x {width}, {str(dtype)[6:]}{', residual' if added else ''}"
                 outputs = ("normed", "sum") if added else ("normed",)
                 yield Case("norm_act", name, inputs, call, outputs, TOLERANCE[dtype])
-
-
-def skinny_linear_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Case]:
-    """Every epilogue, widths that no tile divides, rows that do not count."""
-    for rows in (*sizes, 70):
-        for epilogue, N, K, dtype in _LINEAR:
-            yield _linear_case(rows, N, K, dtype, epilogue, rng.randint(1, rows), _draw(rng))
-
-
-def _linear_case(
-    rows: int, N: int, K: int, dtype: torch.dtype, epilogue: str, count: int,
-    draw: torch.Generator,
-) -> Case:  # fmt: skip
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=draw)
-
-    def call(given: Tensors, backend: str) -> list[torch.Tensor]:
-        x, w, num_rows, bias, residual = given
-        y = skinny_linear(x, w, num_rows, bias=bias, residual=residual, gate=epilogue == "gate",
-                          backend=backend)  # fmt: skip
-        return [y[:count]]
-
-    x = normal(rows, K)
-    x[count:] = torch.nan
-    inputs = [x.to(dtype), (normal(N, K) / K**0.5).to(dtype)]
-    inputs += [torch.tensor([count], dtype=torch.int32)]
-    inputs += [normal(N).to(dtype) if epilogue == "bias" else None]
-    inputs += [normal(rows, N).to(dtype) if epilogue == "residual" else None]
-    name = f"{count} of {rows} rows, {N} x {K}, {str(dtype)[6:]}, {epilogue}"
-    return Case("skinny_linear", name, inputs, call, ("y",), TOLERANCE[dtype])
 
 
 def lm_head_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Case]:
@@ -123,7 +89,7 @@ def lm_head_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Case]:
 
     for rows in sizes:
         for dtype in _DTYPES:
-            (N, K), draw = _VOCABULARY[dtype], _draw(rng)
+            (N, K), draw = _VOCABULARY[dtype], draws(rng)
             x, w = (torch.randint(-2, 3, (n, K), generator=draw).to(dtype) for n in (rows, N))
             x[rng.randrange(rows), 5] = torch.nan
             name = f"{rows} rows, {N} x {K}, {str(dtype)[6:]}"
@@ -141,7 +107,7 @@ def _rope_case(
     rng: random.Random, nodes: int, dtype: torch.dtype, size: tuple[int, int, int], normed: bool
 ) -> Case:
     heads, kv_heads, width = size
-    draw, slots = _draw(rng), nodes + 12
+    draw, slots = draws(rng), nodes + 12
     _, (parent_idx, rows) = trees(rng, 3, nodes, True)
     depth = tree_mask(parent_idx, rows, backend="torch").depth
     starts = torch.tensor([rng.randint(0, 12) for _ in range(3)], dtype=torch.int32)
@@ -178,7 +144,7 @@ def _attention_case(
     starts: list[int], columns: int,
 ) -> Case:  # fmt: skip
     heads, kv_heads, width = size
-    draw, slots = _draw(rng), max(starts) + nodes + 5
+    draw, slots = draws(rng), max(starts) + nodes + 5
     _, (parent_idx, rows) = trees(rng, 3, nodes, True)
     if columns == 64:
         parent_idx = torch.tensor([chain(nodes)] * 3, dtype=torch.int32)
@@ -209,7 +175,7 @@ def verify_tail_cases(rng: random.Random, sizes: tuple[int, ...]) -> Iterator[Ca
 
     outputs = ("accept_len", "accept_path", "k", "v", "cache_seqlens", "root", "sequence", "record")
     for nodes in sizes:
-        batch, draw = 5, _draw(rng)
+        batch, draw = 5, draws(rng)
         _, (parent_idx, rows) = trees(rng, batch, nodes, True)
         bits = tree_mask(parent_idx, rows, backend="torch").ancestor_bits
         targets, tokens = torch.randint(0, 2, (2, batch, nodes), generator=draw)

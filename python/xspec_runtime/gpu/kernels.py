@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from xspec_kernels import (
+    RowNorm,
     Workspace,
     lm_head_argmax,
     norm_act,
@@ -95,7 +96,7 @@ class Maker:
 
 
 def linear(context: Context) -> Iterator[dict]:
-    """The products of a layer and the head."""
+    """The products of a layer, alone and with their part of the norms, and the head."""
     make = Maker(context)
     s = make.sizes.shape
     with torch.inference_mode():
@@ -106,19 +107,37 @@ def linear(context: Context) -> Iterator[dict]:
             ("down", s.width, s.inner, "residual"),
         ):
             weights = make.copies(n, k, scale=k**-0.5)
-            works = [_product(make, name, rows, weights, epilogue) for rows in make.sizes.rows]
-            yield from _timed(context, make, works)
+            for normed in (False, True):
+                works = [_product(make, name, rows, weights, epilogue, normed)
+                         for rows in make.sizes.rows]  # fmt: skip
+                yield from _timed(context, make, works)
         heads = make.copies(s.vocab, s.width, scale=s.width**-0.5)
         yield from _timed(context, make, [_head(make, rows, heads) for rows in make.sizes.rows])
 
 
-def _product(make: Maker, name: str, rows: int, weights: list[torch.Tensor], epilogue: str) -> Work:
+def _product(
+    make: Maker, name: str, rows: int, weights: list[torch.Tensor], epilogue: str, normed: bool
+) -> Work:
+    """With a residual, `normed` means that the product leaves squares; without, that it takes
+    those of 32 tiles and normalizes x.
+    """
     n, k = weights[0].shape
     x, residual = make.normal(rows, k), make.normal(rows, n)
+    norm = make.normal(k)
     options = {"gate": True} if epilogue == "gate" else {}
     options |= {"residual": residual} if epilogue == "residual" else {}
+    if normed and epilogue == "residual":
+        options["with_squares"] = True
+    elif normed:
+        squares = x.float().square().view(rows, 32, -1).sum(2).T.contiguous()
+        options["norm"] = RowNorm(norm, make.sizes.shape.eps, squares)
 
     def theirs(w: torch.Tensor) -> torch.Tensor:
+        if "norm" in options:
+            return multiplied(F.rms_norm(x, (k,), norm, make.sizes.shape.eps), w)
+        return multiplied(x, w)
+
+    def multiplied(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if epilogue == "residual":
             return torch.addmm(residual, x, w.t())
         product = F.linear(x, w)
@@ -130,9 +149,10 @@ def _product(make: Maker, name: str, rows: int, weights: list[torch.Tensor], epi
     out = n // 2 if epilogue == "gate" else n
     moved = n * k + rows * (k + out + (n if epilogue == "residual" else 0))
     return Work(
-        f"skinny_linear {name}", rows, 2 * moved,
+        f"skinny_linear {name}{' with norm' if normed else ''}", rows, 2 * moved,
         [lambda w=w: skinny_linear(x, w, workspace=make.workspace, **options) for w in weights],
         [lambda w=w: theirs(w) for w in weights],
+        lambda found: found[0] if isinstance(found, tuple) else found,
     )  # fmt: skip
 
 

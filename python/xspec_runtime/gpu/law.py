@@ -27,7 +27,9 @@ MAX_DEPTH = 32
 
 
 class Trace(TorchDispatchMode):
-    """Outputs of every op of a forward pass, as tensors ``[rows, ...]``, in order."""
+    """Outputs of every op of a forward pass, as tensors ``[rows, ...]``, in order; squares that a
+    product left for the next norm count as such.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +42,10 @@ class Trace(TorchDispatchMode):
             tensors = [out] if isinstance(out, torch.Tensor) else list(out)
             # Attention and rotation keep requests apart: [B, N, H, D].
             rows = [t.flatten(0, 1) if t.dim() == 4 else t for t in tensors]
+            named = zip(func._schema.arguments, args, strict=False)
+            rows += [
+                t.T for argument, t in named if argument.name == "squares_out" and t is not None
+            ]
             self.outputs.append((name, [t.clone() for t in rows]))
         return out
 

@@ -1,13 +1,13 @@
 """The Llama family's arithmetic on our own ops.
 
-A layer of a verify is nine launches:
+A layer of a verify is seven launches:
 
-    norm_act  skinny_linear (q, k, v)  rope_append  tree_attention (2)  skinny_linear (o, + x)
-    norm_act  skinny_linear (gate, up)  skinny_linear (down, + x)
+    skinny_linear (q, k, v)  rope_append  tree_attention (2)  skinny_linear (o, + x)
+    skinny_linear (gate, up)  skinny_linear (down, + x)
 
-Seven are within reach: a norm is a scale per row, and a product commutes with that. With the norm's
-weight multiplied into the matrix, the scale can be applied to the product's complete sum; it would
-then round elsewhere than transformers does.
+The two norms of a layer are parts of the products around them: what makes x leaves the sums of its
+squares, what takes it normalizes it, rounding where transformers does (`RowNorm`). Outside the
+layers a verify is five launches: embed, the squares of its rows, the last norm, lm_head_argmax (2).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch.nn.functional as F
 
 from xspec_kernels import (
     NF4Weight,
+    RowNorm,
     Workspace,
     embed,
     lm_head_argmax,
-    nf4,
     nf4_linear,
     norm_act,
+    prefill_linear,
     rope_append,
     rope_table,
     skinny_linear,
@@ -75,8 +76,9 @@ class LlamaDecoder:
         of `caches`.
         """
         x = embed(at.tokens.view(-1), self.weights.embed, backend=self.backend)
+        squares = None
         for layer, (k, v) in zip(self.weights.layers, caches, strict=True):
-            x = self._layer(layer, x, at, k, v)
+            x, squares = self._layer(layer, x, squares, at, k, v)
         return self._norm(x, self.weights.norm)
 
     def prefill(self, x: torch.Tensor, caches: Caches) -> torch.Tensor:
@@ -88,12 +90,12 @@ class LlamaDecoder:
         depth = torch.arange(rows, dtype=torch.int32, device=x.device)[None]
         start = depth.new_zeros(1)
         for layer, (k, v) in zip(self.weights.layers, caches, strict=True):
-            qkv = _product(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+            qkv = self._many(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
             q = self._rotate(layer, qkv, depth, start, k, v)
-            x = x + _product(self._causal(q, k, v), layer.o, layer.o_bias)
-            gate_up = _product(self._norm(x, layer.mlp_norm), layer.gate_up)
+            x = x + self._many(self._causal(q, k, v), layer.o, layer.o_bias)
+            gate_up = self._many(self._norm(x, layer.mlp_norm), layer.gate_up)
             gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
-            x = x + _product(F.silu(gate) * up, layer.down)
+            x = x + self._many(F.silu(gate) * up, layer.down)
         return x
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,19 +116,30 @@ class LlamaDecoder:
         return self._linear(hidden, self.weights.head, None)
 
     def _layer(
-        self, layer: Layer, x: torch.Tensor, at: Round, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        squares: torch.Tensor | None,
+        at: Round,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x behind the layer and its squares, as `RowNorm` wants them."""
         rows = at.linear_rows
-        qkv = self._linear(self._norm(x, layer.input_norm), layer.qkv, rows, bias=layer.qkv_bias)
+        norm = RowNorm(layer.input_norm, self._eps, squares)
+        qkv = self._linear(x, layer.qkv, rows, bias=layer.qkv_bias, norm=norm)
         q = self._rotate(layer, qkv, at.depth, at.cache_seqlens, k, v, at.num_rows)
         mixed = tree_attention(
             q, k, v, at.depth, at.path_slot, at.cache_seqlens, at.num_rows,
             workspace=self._workspace, backend=self.backend,
         )  # fmt: skip
         mixed = mixed.view(x.shape[0], -1)
-        x = self._linear(mixed, layer.o, rows, bias=layer.o_bias, residual=x)
-        inner = self._linear(self._norm(x, layer.mlp_norm), layer.gate_up, rows, gate=True)
-        return self._linear(inner, layer.down, rows, residual=x)
+        x, squares = self._linear(
+            mixed, layer.o, rows, bias=layer.o_bias, residual=x, with_squares=True
+        )
+        norm = RowNorm(layer.mlp_norm, self._eps, squares)
+        inner = self._linear(x, layer.gate_up, rows, gate=True, norm=norm)
+        return self._linear(inner, layer.down, rows, residual=x, with_squares=True)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return norm_act(x, weight, self._eps, backend=self.backend)
@@ -135,6 +148,12 @@ class LlamaDecoder:
         options |= {"workspace": self._workspace, "backend": self.backend}
         product = nf4_linear if isinstance(w, NF4Weight) else skinny_linear
         return product(x, w, num_rows, **options)
+
+    def _many(self, x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T of a prompt's rows."""
+        if isinstance(w, NF4Weight):
+            return prefill_linear(x, w, bias, workspace=self._workspace, backend=self.backend)
+        return F.linear(x, w, bias)
 
     def _rotate(
         self,
@@ -164,11 +183,6 @@ class LlamaDecoder:
                 q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped
             ).transpose(1, 2)
         return out.reshape(rows, -1)
-
-
-def _product(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T of a prompt's rows; NF4 is dequantized, one matrix at a time."""
-    return F.linear(x, nf4.dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w, bias)
 
 
 def flash_attention() -> Callable[..., torch.Tensor] | None:
