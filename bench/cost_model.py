@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from xspec_runtime.cli import Command, run_cli
-from xspec_runtime.cost_report import (
+from xspec_runtime.cost.report import (
     cost_results,
     fill_page,
     modelled_markdown,
@@ -19,7 +19,7 @@ from xspec_runtime.cost_report import (
     projected_markdown,
     write_cost,
 )
-from xspec_runtime.cost_spot import modelled_for, numbers, spot_e2e, spot_verify
+from xspec_runtime.cost.spot import modelled_for, numbers, spot_e2e, spot_verify
 from xspec_runtime.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent

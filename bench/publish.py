@@ -11,7 +11,7 @@ import typer
 
 from xspec_runtime.cli import Command, run_cli
 from xspec_runtime.files import read_json, read_text, write_text
-from xspec_runtime.replay import replay_markdown
+from xspec_runtime.replay.run import replay_markdown
 from xspec_runtime.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from rich.progress import Progress
 
 from xspec_runtime.cli import Command, run_cli
 from xspec_runtime.files import check_output, write_json
-from xspec_runtime.regret import RegretOptions, run_regret
-from xspec_runtime.regret_report import clock_table, counted_table
+from xspec_runtime.regret.report import clock_table, counted_table
+from xspec_runtime.regret.run import RegretOptions, run_regret
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 D = RegretOptions()

@@ -13,8 +13,8 @@ from rich.progress import Progress
 
 from xspec_runtime.cli import Command, run_cli
 from xspec_runtime.files import check_output, write_json
-from xspec_runtime.replay import ReplayOptions, run_replay
-from xspec_runtime.replay_report import replay_table
+from xspec_runtime.replay.report import replay_table
+from xspec_runtime.replay.run import ReplayOptions, run_replay
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 LESS_MEMORY = "lower --limit"

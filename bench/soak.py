@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from xspec_runtime.cli import Command, run_cli
-from xspec_runtime.soak import SoakOptions, one_thread, run_soak
-from xspec_runtime.soak_bench import ENGINES
-from xspec_runtime.soak_report import summary
+from xspec_runtime.soak.bench import ENGINES
+from xspec_runtime.soak.report import summary
+from xspec_runtime.soak.run import SoakOptions, one_thread, run_soak
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -33,7 +33,7 @@ from xspec_runtime.drafters.base import Drafter, Request
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.models import mini
 from xspec_runtime.models.mini_run import Plan, Run
-from xspec_runtime.replay import replay
+from xspec_runtime.replay.run import replay
 from xspec_runtime.targets.transformers import TransformersTarget
 
 SIZE, LENGTH, KINDS = 48, 12, ("token", "prefix")

@@ -19,7 +19,7 @@ from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.engine import Generation, SpeculativeDecoder
 from xspec_runtime.overlap import MODES, Overlap
 from xspec_runtime.policy import PricedDrafter
-from xspec_runtime.soak_bench import build_target
+from xspec_runtime.soak.bench import build_target
 
 NEW = 20
 SEED = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from xspec_runtime.cost_model import (
+from xspec_runtime.cost.model import (
     Costs,
     acceptance_of,
     costs_of,
@@ -17,10 +17,7 @@ from xspec_runtime.cost_model import (
     project,
     tokens_per_round,
 )
-from xspec_runtime.cost_report import cost_results, fill_page, points_markdown, write_cost
-from xspec_runtime.cost_spot import modelled_for, numbers
-from xspec_runtime.files import read_json
-from xspec_runtime.modelled import (
+from xspec_runtime.cost.modelled import (
     CARDS,
     WEIGHTS,
     Assumed,
@@ -29,6 +26,9 @@ from xspec_runtime.modelled import (
     pass_ms,
     verify_launches,
 )
+from xspec_runtime.cost.report import cost_results, fill_page, points_markdown, write_cost
+from xspec_runtime.cost.spot import modelled_for, numbers
+from xspec_runtime.files import read_json
 from xspec_runtime.targets.llama_weights import LlamaShape
 from xspec_runtime.verify_cost.stage import find_config
 

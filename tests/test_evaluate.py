@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 
 from pair_cases import write_pairs
-from xspec_runtime import evaluate_plan, replay_arms
 from xspec_runtime.commands import app
 from xspec_runtime.data.pairs import drive_folds, read_pairs
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.drafters.prefix_table import PrefixTable, PrefixTableDrafter
-from xspec_runtime.evaluate import EvaluateOptions, Evaluation, evaluate, next_tokens
-from xspec_runtime.evaluate_material import RecordedPairs
-from xspec_runtime.evaluate_report import evaluate_markdown, lines_of, tables, write_evaluation
-from xspec_runtime.replay import replay
-from xspec_runtime.replay_arms import SOURCES, Source, Training, Variant
-from xspec_runtime.replay_drafters import PositionDrafter, WideMemoryDrafter
-from xspec_runtime.replay_suffix import SuffixDecodingDrafter, suffix_decoding_missing
-from xspec_runtime.replay_tally import ReplayRound, Tally
+from xspec_runtime.evaluate import plan as evaluate_plan
+from xspec_runtime.evaluate.material import RecordedPairs
+from xspec_runtime.evaluate.report import evaluate_markdown, lines_of, tables, write_evaluation
+from xspec_runtime.evaluate.run import EvaluateOptions, Evaluation, evaluate, next_tokens
+from xspec_runtime.replay import arms as replay_arms
+from xspec_runtime.replay.arms import SOURCES, Source, Training, Variant
+from xspec_runtime.replay.drafters import PositionDrafter, WideMemoryDrafter
+from xspec_runtime.replay.run import replay
+from xspec_runtime.replay.suffix import SuffixDecodingDrafter, suffix_decoding_missing
+from xspec_runtime.replay.tally import ReplayRound, Tally
 
 
 @pytest.fixture
@@ -342,7 +343,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 def test_ctrl_c_writes_what_is_done(pairs_file, tmp_path):
     out = tmp_path / "out"
-    options = ["--rows", "8,400", "--sources", "memory tree", "--output-dir", out]
+    options = [
+        "--rows",
+        "8,100,200,300,400,500,600",
+        "--sources",
+        "memory tree",
+        "--output-dir",
+        out,
+    ]
     run = subprocess.Popen([*XSPEC, pairs_file, *options], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)  # fmt: skip
     while not (out / "results.json").exists():

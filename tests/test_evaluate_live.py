@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from xspec_runtime.evaluate import EvaluateOptions, evaluate
-from xspec_runtime.evaluate_live import LiveScenes
-from xspec_runtime.evaluate_report import evaluate_markdown, lines_of
-from xspec_runtime.replay_arms import SOURCES, Variant
+from xspec_runtime.evaluate.live import LiveScenes
+from xspec_runtime.evaluate.report import evaluate_markdown, lines_of
+from xspec_runtime.evaluate.run import EvaluateOptions, evaluate
+from xspec_runtime.replay.arms import SOURCES, Variant
 
 
 def test_live_sources_draft_for_the_embedded_pair():

@@ -19,8 +19,8 @@ from xspec_runtime.drafters.merge import MergedDrafter
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.engine import Generation, SpeculativeDecoder
 from xspec_runtime.errors import out_of_memory
-from xspec_runtime.soak_bench import build_target
-from xspec_runtime.soak_faults import MOMENTS, DrafterFault, FaultyDrafter, FaultyPasses
+from xspec_runtime.soak.bench import build_target
+from xspec_runtime.soak.faults import MOMENTS, DrafterFault, FaultyDrafter, FaultyPasses
 from xspec_runtime.targets import llama_rounds
 from xspec_runtime.targets.base import Target
 from xspec_runtime.targets.llama import LlamaTarget

@@ -14,7 +14,7 @@ from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.policy import PricedDrafter
-from xspec_runtime.replay import replay
+from xspec_runtime.replay.run import replay
 from xspec_runtime.targets.transformers import TransformersTarget
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xspec_runtime.budget import CREDIT, RETRY, DraftingCosts
-from xspec_runtime.counted import TABLES, ByClaims, Counted, count_costs, losses, table
 from xspec_runtime.data.pairs import Pair, read_pairs
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.policy import PricedDrafter
-from xspec_runtime.replay import replay
+from xspec_runtime.regret.counted import TABLES, ByClaims, Counted, count_costs, losses, table
+from xspec_runtime.replay.run import replay
 
 SLACK = 1e-6  # of sums of rounded costs
 COSTS = {

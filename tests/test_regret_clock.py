@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from xspec_runtime.regret import AGAIN, RegretOptions, compare, spread
+from xspec_runtime.regret.run import AGAIN, RegretOptions, compare, spread
 from xspec_runtime.workloads import PLAIN
 
 BENCH = Path(__file__).resolve().parent.parent / "bench" / "regret.py"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from pair_cases import write_pairs
-from xspec_runtime import replay as replay_module
 from xspec_runtime.data.pairs import contiguous_folds, read_pairs
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
-from xspec_runtime.replay import ReplayOptions, replay, replay_markdown, run_replay
-from xspec_runtime.replay_arms import PositionDrafter, replay_arms
+from xspec_runtime.replay import run as replay_module
+from xspec_runtime.replay.arms import PositionDrafter, replay_arms
+from xspec_runtime.replay.run import ReplayOptions, replay, replay_markdown, run_replay
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench" / "replay.py"

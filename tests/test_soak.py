@@ -12,15 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from xspec_runtime import soak as module
 from xspec_runtime.drafters.ngram import NgramDrafter
 from xspec_runtime.engine import Generation
-from xspec_runtime.soak import Soak, SoakOptions, judge, run_soak
-from xspec_runtime.soak_bench import ENGINES, SoakBench
-from xspec_runtime.soak_faults import DrafterFault
-from xspec_runtime.soak_memory import MemorySample, MemoryWatch, growth
-from xspec_runtime.soak_plan import PROCESSED, SHARED, SINGLE, Plan, plan_call, prompts
-from xspec_runtime.soak_report import summary
+from xspec_runtime.soak import run as module
+from xspec_runtime.soak.bench import ENGINES, SoakBench
+from xspec_runtime.soak.faults import DrafterFault
+from xspec_runtime.soak.memory import MemorySample, MemoryWatch, growth
+from xspec_runtime.soak.plan import PROCESSED, SHARED, SINGLE, Plan, plan_call, prompts
+from xspec_runtime.soak.report import summary
+from xspec_runtime.soak.run import Soak, SoakOptions, judge, run_soak
 from xspec_runtime.targets.transformers import TransformersTarget
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "soak.py"

@@ -27,7 +27,7 @@ from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.inputs import check_device
 from xspec_runtime.models import mini
 from xspec_runtime.overlap import MODES, Overlap
-from xspec_runtime.soak_bench import build_target
+from xspec_runtime.soak.bench import build_target
 from xspec_runtime.targets.base import Target
 from xspec_runtime.targets.llama import LlamaTarget
 from xspec_runtime.workloads import MiniPair, Settings

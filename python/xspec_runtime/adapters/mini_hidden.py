@@ -11,7 +11,7 @@ from ..data.pairs import Pair
 from ..drafters.base import Drafter
 from ..drafters.hidden import DraftStates, HiddenDrafter
 from ..models import mini
-from ..replay_arms import SOURCES, Training, Variant
+from ..replay.arms import SOURCES, Training, Variant
 from ..targets.tapped import TappedTarget
 from .alignment import STATE_LEVELS
 from .checkpoint import load_adapter

@@ -17,8 +17,8 @@ from ..drafters.base import Drafter, Request
 from ..drafters.ngram import NgramDrafter, NgramMemory
 from ..metrics import acceptance_rate, tokens_per_verify
 from ..models import mini
-from ..replay import replay
-from ..replay_arms import RECORDED_DRAFT, replay_arms
+from ..replay.arms import RECORDED_DRAFT, replay_arms
+from ..replay.run import replay
 from .base import Adapter
 from .checkpoint import load_adapter
 

@@ -14,7 +14,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from ..cli import Command, app, run_cli
 
 if TYPE_CHECKING:
-    from ..evaluate import EvaluateOptions
+    from ..evaluate.run import EvaluateOptions
 
 
 @app.command(cls=Command)
@@ -52,7 +52,7 @@ def evaluate(
     values = (pairs, train, folds, by_drive, gamma, rows, sources, sizes, limit, scenes, seed)
 
     def work() -> None:
-        from ..evaluate import EvaluateOptions
+        from ..evaluate.run import EvaluateOptions
 
         _evaluate(EvaluateOptions(*values, backend, output_dir, resume, command))
 
@@ -60,8 +60,8 @@ def evaluate(
 
 
 def _evaluate(options: EvaluateOptions) -> None:
-    from ..evaluate import evaluate as measure
-    from ..evaluate_report import print_evaluation, write_evaluation
+    from ..evaluate.report import print_evaluation, write_evaluation
+    from ..evaluate.run import evaluate as measure
 
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -67,14 +67,21 @@ class _Keeper:
         self._stop = stop
 
     def keep(self, frame: VideoFrame) -> Future[np.ndarray]:
-        return self.pool.submit(lambda: self._shape(frame.to_ndarray(format="rgb24")))
+        return self.pool.submit(self._shaped, frame)
 
     def check(self) -> None:
         """Raise if nobody wants more frames."""
-        if self._stop is not None and self._stop.is_set():
-            raise Stopped("reading the video was stopped")
+        self._check_stop()
         if self.failed.is_set():
             raise _UnindexedError
+
+    def _shaped(self, frame: VideoFrame) -> np.ndarray:
+        self._check_stop()
+        return self._shape(frame.to_ndarray(format="rgb24"))
+
+    def _check_stop(self) -> None:
+        if self._stop is not None and self._stop.is_set():
+            raise Stopped("reading the video was stopped")
 
 
 def read_frames(

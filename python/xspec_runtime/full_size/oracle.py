@@ -14,7 +14,7 @@ from ..drafters.base import MAX_ROWS
 from ..drafters.memory import NgramMemory
 from ..drafters.ngram import NgramDrafter
 from ..files import read_text
-from ..replay import replay
+from ..replay.run import replay
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ class TransformersTarget:
         self.dtype = model.dtype
         self.vocab_size = text.vocab_size
         self.num_layers = text.num_hidden_layers
+        self.turn = Turn()
         self.cache = cache or KVCache(self.num_layers, capacity)
         self._slots = torch.arange(MAX_ROWS, device=self.device)
         self._placeholders = placeholder_ids(model.config)

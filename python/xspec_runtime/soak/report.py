@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .environment import environment
-from .soak_memory import TOLERANCE, MemoryWatch, growth
+from ..environment import environment
+from .memory import TOLERANCE, MemoryWatch, growth
 
 if TYPE_CHECKING:
-    from .soak import Soak, SoakOptions
+    from .run import Soak, SoakOptions
 
 
 def summary(results: dict) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from xspec_kernels import require_backend
 
-from .drafters.base import MAX_ROWS
-from .replay_arms import ANY_ROWS, SOURCES, Source, Training, Variant, combined
+from ..drafters.base import MAX_ROWS
+from ..replay.arms import ANY_ROWS, SOURCES, Source, Training, Variant, combined
 
 COMBINED = "combined"
 SIZE_ROWS = 16  # rows at which acceptance against training size is measured

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from .data.pairs import Pair
-from .drafters.base import DraftTree, Request
-from .drafters.ngram import NgramDrafter
+from ..data.pairs import Pair
+from ..drafters.base import DraftTree, Request
+from ..drafters.ngram import NgramDrafter
 
 RECORDED_DRAFT = "recorded_draft"  # keys of `Request.draft_inputs`
 RECORDED_QUESTION = "recorded_question"

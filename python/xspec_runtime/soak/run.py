@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from .batch import BatchPrompt
-from .engine import Generation
-from .errors import out_of_memory
-from .files import check_output, write_json
-from .soak_bench import ENGINES, SoakBench
-from .soak_faults import MOMENTS, DrafterFault
-from .soak_memory import MemoryWatch
-from .soak_plan import VOCAB, Call, Plan, PlannedRequest, plan_call, prompts
-from .soak_report import report
+from ..batch import BatchPrompt
+from ..engine import Generation
+from ..errors import out_of_memory
+from ..files import check_output, write_json
+from .bench import ENGINES, SoakBench
+from .faults import MOMENTS, DrafterFault
+from .memory import MemoryWatch
+from .plan import VOCAB, Call, Plan, PlannedRequest, plan_call, prompts
+from .report import report
 
 PROMPTS = 17
 SAMPLE_EVERY = 10  # requests between two looks at the memory

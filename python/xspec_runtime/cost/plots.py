@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
+from ..plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
 
 CURVES = {"free_drafts": (OURS, "-"), "own_draft": ("#E69F00", "-")}
 CURVES |= {"separate": ("#D55E00", ":"), "fused": ("#009E73", ":")}

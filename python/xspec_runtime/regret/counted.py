@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .budget import worthwhile
-from .data.pairs import Pair, contiguous_folds
-from .drafters.base import Drafter, DraftTree, Request
-from .policy import PricedDrafter
-from .replay import ReplayRound, replay
-from .replay_arms import Arm, replay_arms, request_of
+from ..budget import worthwhile
+from ..data.pairs import Pair, contiguous_folds
+from ..drafters.base import Drafter, DraftTree, Request
+from ..policy import PricedDrafter
+from ..replay.arms import Arm, replay_arms, request_of
+from ..replay.run import ReplayRound, replay
 
 POLICIES = ("all rows", "claims", "priced")
 

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .cost_model import ACCEPTANCES, SCHEMA, Results, costs_of, points_of, project
-from .files import read_json, read_text, write_json, write_text
+from ..files import read_json, read_text, write_json, write_text
+from ..report import check_output_dir
+from ..targets.llama_weights import LlamaShape
+from .model import ACCEPTANCES, SCHEMA, Results, costs_of, points_of, project
 from .modelled import SCHEMA as MODELLED
 from .modelled import find_card, verify_launches
-from .report import check_output_dir
-from .targets.llama_weights import LlamaShape
 
 # A projection at these acceptances is shown in Markdown; the JSON has them all.
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
@@ -216,7 +216,7 @@ def write_cost(results: Results, output_dir: Path, json_file: Path | None) -> li
     for file in written:
         write_json(file, results)
     try:
-        from .cost_plots import draw_cost, draw_modelled
+        from .plots import draw_cost, draw_modelled
 
         plot = folder / ("modelled.png" if modelled else "cost.png")
         (draw_modelled if modelled else draw_cost)(results, plot)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .drafters.base import Drafter, DraftTree, OpeningDrafter, Request
-from .targets.base import Target
-from .targets.llama import LlamaTarget
+from ..drafters.base import Drafter, DraftTree, OpeningDrafter, Request
+from ..targets.base import Target
+from ..targets.llama import LlamaTarget
 
 # Bytes that no machine has.
 _TOO_MANY = 1 << 60

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import count
 
-from .drafters.base import DraftTree, Request
+from ..drafters.base import DraftTree, Request
 
 DEPTH = 64  # tokens of context, and of a path
 # Its defaults cut trees by match length and token probability. Rows are what drafters are compared

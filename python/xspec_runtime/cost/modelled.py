@@ -16,7 +16,7 @@ import torch
 
 from xspec_kernels import tiles
 
-from .targets.llama_weights import LlamaShape
+from ..targets.llama_weights import LlamaShape
 
 SCHEMA = "xspec.modelled/1"
 PROMPTS = (2076, 4124)

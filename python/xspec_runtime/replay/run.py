@@ -13,14 +13,14 @@ import torch
 
 from xspec_kernels import require_backend, tree_mask, verify_greedy
 
-from .data.pairs import Pair, contiguous_folds, read_pairs
-from .drafters.base import MAX_ROWS, Drafter, DraftTree, Request
-from .environment import environment
-from .files import JsonLines
-from .replay_arms import Arm, replay_arms
-from .replay_drafters import request_of
-from .replay_report import replay_markdown
-from .replay_tally import ReplayRound, Tally
+from ..data.pairs import Pair, contiguous_folds, read_pairs
+from ..drafters.base import MAX_ROWS, Drafter, DraftTree, Request
+from ..environment import environment
+from ..files import JsonLines
+from .arms import Arm, replay_arms
+from .drafters import request_of
+from .report import replay_markdown
+from .tally import ReplayRound, Tally
 
 __all__ = ["ReplayOptions", "ReplayRound", "replay", "replay_markdown", "run_replay"]
 

@@ -14,13 +14,13 @@ from statistics import median, quantiles
 
 import torch
 
-from .arms import DecoderArm, Task
-from .calibration import calibrate, drafting_costs, riding_cost
+from ..arms import DecoderArm, Task
+from ..calibration import calibrate, drafting_costs, riding_cost
+from ..data.pairs import read_pairs
+from ..environment import environment
+from ..policy import PricedDrafter
+from ..workloads import OURS, PLAIN, MiniPair, Settings
 from .counted import count_costs
-from .data.pairs import read_pairs
-from .environment import environment
-from .policy import PricedDrafter
-from .workloads import OURS, PLAIN, MiniPair, Settings
 
 SCHEMA = "xspec.regret/1"
 AGAIN = "target again"

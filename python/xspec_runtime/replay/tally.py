@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from .drafters.base import DraftTree
-from .metrics import (
+from ..drafters.base import DraftTree
+from ..metrics import (
     OPENING_TOKENS,
     accept_histogram,
     acceptance_by_depth,

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluate_report import lines_of
-from .plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
-from .replay_tally import mean_range
+from ..plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
+from ..replay.tally import mean_range
+from .report import lines_of
 
 COLORS = (OURS, "#D55E00", "#009E73", "#CC79A7", "#E69F00", *SPARE, OTHERS)
 DEPTHS = 16

@@ -8,9 +8,9 @@ from random import Random
 
 import torch
 
-from .config import PREFILL_FUSED, SpecConfig
-from .drafters.base import Request
-from .soak_faults import MOMENTS
+from ..config import PREFILL_FUSED, SpecConfig
+from ..drafters.base import Request
+from .faults import MOMENTS
 
 VOCAB = 128
 CAPACITY = 160

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .data.pairs import Pair
-from .drafters.base import MAX_ROWS, Drafter
-from .drafters.memory_file import MemorySettings
-from .drafters.merge import MergedDrafter
-from .drafters.ngram import NgramDrafter, NgramMemory
-from .drafters.prefix_table import PrefixTable, PrefixTableDrafter
-from .replay_drafters import (
+from ..data.pairs import Pair
+from ..drafters.base import MAX_ROWS, Drafter
+from ..drafters.memory_file import MemorySettings
+from ..drafters.merge import MergedDrafter
+from ..drafters.ngram import NgramDrafter, NgramMemory
+from ..drafters.prefix_table import PrefixTable, PrefixTableDrafter
+from .drafters import (
     RECORDED_DRAFT,
     PositionDrafter,
     WideMemoryDrafter,
     recorded_question,
     request_of,
 )
-from .replay_suffix import SuffixDecodingDrafter, suffix_decoding_missing
-from .replay_text import draft_text, text_head
+from .suffix import SuffixDecodingDrafter, suffix_decoding_missing
+from .text import draft_text, text_head
 
 __all__ = [
     "RECORDED_DRAFT",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .workloads import MiniPair
+    from ..workloads import MiniPair
 
 T = TypeVar("T")
 ANY_ROWS = 4096  # of replays: more than any tree that can be verified
@@ -160,7 +160,7 @@ def _suffix_decoding(training: Training, variant: Variant) -> Drafter:
 
 
 def _draft_model(training: Training, variant: Variant) -> Drafter:
-    from .drafters.draft_model import ModelDrafter
+    from ..drafters.draft_model import ModelDrafter
 
     return ModelDrafter(training.models.draft_model, variant.gamma, name="draft model")
 
@@ -169,8 +169,8 @@ def _shipped(name: str) -> Callable[[Training, Variant], Drafter]:
     """An adapter of the embedded pair, on the text of its draft model."""
 
     def make(training: Training, variant: Variant) -> Drafter:
-        from .adapters.mini_pair import HIDDEN, adapter_drafter
-        from .models import mini
+        from ..adapters.mini_pair import HIDDEN, adapter_drafter
+        from ..models import mini
 
         if variant.hide_draft:
             return adapter_drafter(name + HIDDEN, variant.gamma)

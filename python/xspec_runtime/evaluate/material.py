@@ -8,14 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-from .data.pairs import Pair, contiguous_folds, drive_folds, read_pairs
-from .drafters.base import Drafter, Request
-from .evaluate_plan import EvaluateOptions
-from .files import read_bytes
-from .replay import replay
-from .replay_arms import Training
-from .replay_drafters import request_of
-from .replay_tally import ReplayRound
+from ..data.pairs import Pair, contiguous_folds, drive_folds, read_pairs
+from ..drafters.base import Drafter, Request
+from ..files import read_bytes
+from ..replay.arms import Training
+from ..replay.drafters import request_of
+from ..replay.run import replay
+from ..replay.tally import ReplayRound
+from .plan import EvaluateOptions
 
 
 class Material(Protocol):

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .drafters.base import Drafter
-from .environment import environment
-from .evaluate_material import Material, RecordedPairs
-from .evaluate_plan import Cell, EvaluateOptions, plan
-from .files import check_output, read_json, write_json
-from .metrics import OPENING_TOKENS, first_token_accuracy, top_k_accuracy
-from .replay_arms import SOURCES
-from .replay_tally import Tally
+from ..drafters.base import Drafter
+from ..environment import environment
+from ..files import check_output, read_json, write_json
+from ..metrics import OPENING_TOKENS, first_token_accuracy, top_k_accuracy
+from ..replay.arms import SOURCES
+from ..replay.tally import Tally
+from .material import Material, RecordedPairs
+from .plan import Cell, EvaluateOptions, plan
 
 __all__ = ["EvaluateOptions", "Evaluation", "evaluate"]
 
@@ -163,7 +163,7 @@ def next_tokens(drafter: Drafter, answer: Sequence[int], rows: int) -> list[list
 def _material(options: EvaluateOptions) -> Material:
     if options.pairs is not None:
         return RecordedPairs(options)
-    from .evaluate_live import LiveScenes
+    from .live import LiveScenes
 
     return LiveScenes(options)
 

@@ -14,17 +14,20 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from .batch import BatchDecoder
-from .config import SpecConfig
-from .drafters.base import Drafter, DraftTree
-from .drafters.draft_model import ModelDrafter
-from .drafters.graph_draft import GraphDrafter
-from .drafters.merge import MergedDrafter
-from .drafters.ngram import NgramDrafter, NgramMemory
-from .engine import SpeculativeDecoder
-from .policy import PricedDrafter
-from .soak_faults import MOMENTS, FaultyDrafter, FaultyPasses
-from .soak_plan import (
+from ..batch import BatchDecoder
+from ..config import SpecConfig
+from ..drafters.base import Drafter, DraftTree
+from ..drafters.draft_model import ModelDrafter
+from ..drafters.graph_draft import GraphDrafter
+from ..drafters.merge import MergedDrafter
+from ..drafters.ngram import NgramDrafter, NgramMemory
+from ..engine import SpeculativeDecoder
+from ..policy import PricedDrafter
+from ..targets.base import Target
+from ..targets.llama import LlamaTarget
+from ..targets.transformers import TransformersTarget
+from .faults import MOMENTS, FaultyDrafter, FaultyPasses
+from .plan import (
     BATCHES,
     CAPACITY,
     DRAFTERS,
@@ -36,9 +39,6 @@ from .soak_plan import (
     Plan,
     PlannedRequest,
 )
-from .targets.base import Target
-from .targets.llama import LlamaTarget
-from .targets.transformers import TransformersTarget
 
 # "graphs" is our kernels with a round in one launch.
 ENGINES = ("transformers", "llama", "graphs")

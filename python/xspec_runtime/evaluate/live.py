@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arms import Task
-from .config import SpecConfig
-from .data.captions import QUESTIONS
-from .data.pairs import Pair, contiguous_folds
-from .data.scenes import make_sample
-from .drafters.base import Drafter, Request
-from .engine import SpeculativeDecoder
-from .evaluate_plan import EvaluateOptions
-from .models import mini
-from .replay_arms import Training
-from .replay_tally import ReplayRound
-from .workloads import MiniPair, Settings
+from ..arms import Task
+from ..config import SpecConfig
+from ..data.captions import QUESTIONS
+from ..data.pairs import Pair, contiguous_folds
+from ..data.scenes import make_sample
+from ..drafters.base import Drafter, Request
+from ..engine import SpeculativeDecoder
+from ..models import mini
+from ..replay.arms import Training
+from ..replay.tally import ReplayRound
+from ..workloads import MiniPair, Settings
+from .plan import EvaluateOptions
 
 NO_EVENTS = 255  # the white canvas
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from .evaluate_plan import COMBINED
-from .files import write_text
-from .replay_tally import mean_range
+from ..files import write_text
+from ..replay.tally import mean_range
+from .plan import COMBINED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,7 +145,7 @@ def write_evaluation(results: Mapping[str, Any], folder: Path) -> list[Path]:
     ``results.json`` is there already.
     """
     try:
-        from .evaluate_plots import draw_evaluation
+        from .plots import draw_evaluation
 
         plots = draw_evaluation(results, folder)
     except ModuleNotFoundError as error:

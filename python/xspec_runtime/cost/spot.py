@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .e2e import Options, run_e2e
+from ..e2e import Options, run_e2e
+from ..targets.llama_weights import LlamaShape
+from ..verify_cost.measure import run_verify
+from ..verify_cost.options import VerifyOptions
+from ..verify_cost.stage import find_config
 from .modelled import WEIGHTS, modelled_results
-from .targets.llama_weights import LlamaShape
-from .verify_cost.measure import run_verify
-from .verify_cost.options import VerifyOptions
-from .verify_cost.stage import find_config
 
 ARMS = "target,draft,ngram,ngram_tree,tree"
 HEIGHTS = "1,2,4,6,8,12,16"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .data.pairs import VOCAB_SIZE
-from .drafters.base import Drafter, Request
-from .drafters.draft_text import DraftTextDrafter
-from .replay_drafters import RECORDED_DRAFT
+from ..data.pairs import VOCAB_SIZE
+from ..drafters.base import Drafter, Request
+from ..drafters.draft_text import DraftTextDrafter
+from .drafters import RECORDED_DRAFT
 
 if TYPE_CHECKING:
-    from .adapters.text_head import TextHead
-    from .replay_arms import Training, Variant
+    from ..adapters.text_head import TextHead
+    from .arms import Training, Variant
 
 
 def draft_text(training: Training, variant: Variant) -> Drafter:
@@ -21,8 +21,8 @@ def draft_text(training: Training, variant: Variant) -> Drafter:
         return DraftTextDrafter(lambda request: ())
     if training.models is None:
         return DraftTextDrafter(_recorded)
-    from .drafters.adapter import DraftText
-    from .models import mini
+    from ..drafters.adapter import DraftText
+    from ..models import mini
 
     raw = training.shared("raw draft", lambda: mini.load("draft_raw"))
     return DraftTextDrafter(DraftText(raw, (mini.EOS,), mini.MAX_NEW_TOKENS))
@@ -30,7 +30,7 @@ def draft_text(training: Training, variant: Variant) -> Drafter:
 
 def text_head(training: Training, variant: Variant) -> Drafter:
     """A head trained on the fold's training answers; kept in the training's folder."""
-    from .drafters.text_head import TextHeadDrafter
+    from ..drafters.text_head import TextHeadDrafter
 
     return TextHeadDrafter(training.shared("text head", lambda: _trained(training)))
 
@@ -40,12 +40,12 @@ def _recorded(request: Request) -> Sequence[int]:
 
 
 def _trained(training: Training) -> TextHead:
-    from .adapters.text_head import load_text_head, save_text_head
-    from .adapters.train_head import train_text_head
+    from ..adapters.text_head import load_text_head, save_text_head
+    from ..adapters.train_head import train_text_head
 
     vocab_size = VOCAB_SIZE
     if training.models is not None:
-        from .models import mini
+        from ..models import mini
 
         vocab_size = mini.VOCAB
     path = training.folder / "text_head.safetensors" if training.folder else None

@@ -1,0 +1,1 @@
+"""What a request costs and could cost: measured here, and modelled for cards."""

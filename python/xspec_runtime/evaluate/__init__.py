@@ -1,0 +1,1 @@
+"""Every source of drafts, alone and together, on recorded pairs or live."""

@@ -1,0 +1,1 @@
+"""What drafting loses where it fails: counted on traces, and measured by the clock."""

@@ -1,0 +1,1 @@
+"""Recorded answers through drafters and the accept op."""

@@ -1,0 +1,1 @@
+"""Endurance: random requests with planned faults, identical answers and flat memory."""
