@@ -45,6 +45,10 @@ def main(
         Path | None, typer.Option(help="Event stream (.npy) instead of scenes.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Video that goes with --events.")] = None,
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="Clips in the DSEC layout instead of scenes.")
+    ] = None,
+    duration: Annotated[str, typer.Option(help="Which of several datasets: 1s, 2s, ...")] = "",
     overlap: Annotated[
         str,
         typer.Option(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xspec_runtime import video_workload
+from xspec_runtime.data.dsec_miniature import write_miniature
 from xspec_runtime.data.scene_video import write_scene
 from xspec_runtime.data.scenes import event_stream, make_sample, render
 from xspec_runtime.data.video_file import read_frames
@@ -165,3 +166,20 @@ def test_means_of_stages() -> None:
     one, two = Stages("off", video_ms=2.0, hidden_tokens=1), Stages("off", video_ms=4.0)
     found = mean_stages([one, two])
     assert (found["mode"], found["video_ms"], found["hidden_tokens"]) == ("off", 3.0, 0.5)
+
+
+def test_clips_of_a_dataset(tmp_path):
+    write_miniature(tmp_path, ("500ms",), drives=1, clips=1)
+    common = {"arms": "target,ngram_tree", "samples": 2, "warmup": 0, "max_new_tokens": 12}
+    options = Options(
+        "", dataset_dir=tmp_path, duration="500ms", output_dir=tmp_path / "out", **common
+    )
+    results = run_e2e(options)
+    assert [arm["identical"] for arm in results["arms"]] == [1, 1]
+    assert results["samples"][0]["task"] == "procedural_00 000000"
+    with pytest.raises(ValueError, match="--duration goes with --dataset-dir"):
+        Options("", duration="1s").settings()
+    with pytest.raises(ValueError, match="--dataset-dir goes with the embedded pair"):
+        Options("", dataset_dir=tmp_path, target="x").settings()
+    with pytest.raises(FileNotFoundError, match="has neither my_egpt_dsec_seq_1s"):
+        run_e2e(Options("", dataset_dir=tmp_path, duration="1s", **common))

@@ -15,6 +15,7 @@ from xspec_kernels import require_backend
 
 from .config import PREFILL_FUSED
 from .data.captions import QUESTIONS
+from .data.dsec import open_dataset
 from .errors import out_of_memory
 from .files import JsonLines, check_output, read_lines, write_json
 from .inputs import check_device, check_lengths, check_questions, read_recording
@@ -22,7 +23,7 @@ from .measure import Sample, check_arms, run_interleaved, summarize
 from .report import print_table, write_results
 from .targets.transformers import OPS
 from .text_workload import text_workload
-from .video_workload import from_file, overlap_modes, reader, scene_videos
+from .video_workload import clip_tasks, from_file, overlap_modes, reader, scene_videos
 from .workloads import ENGINES, WEIGHTS, MiniPair, Settings, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +46,8 @@ class Options:
     questions: Path | None = None
     events: Path | None = None
     video: Path | None = None
+    dataset_dir: Path | None = None
+    duration: str = ""
     overlap: str = ""
     prefill_fused: str = "exact"
     engine: str = "transformers"
@@ -108,6 +111,10 @@ class Options:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"--arms names {twice[0]} more than once")
         self.overlap_modes()
+        if self.duration and not self.dataset_dir:
+            raise ValueError("--duration goes with --dataset-dir")
+        if self.dataset_dir and (self.events or self.target != "mini"):
+            raise ValueError("--dataset-dir goes with the embedded pair, without --events")
         if self.video and not self.events:
             raise ValueError("--video goes with --events: the draft needs an event stream")
         return Settings(
@@ -132,7 +139,8 @@ class Options:
         Raises:
             ValueError: see `video_workload.overlap_modes`.
         """
-        return overlap_modes(self.overlap, self.video, self.events, self.target)
+        films = self.video or self.dataset_dir
+        return overlap_modes(self.overlap, films, self.events, self.target)
 
     def arm_names(self) -> list[str]:
         """The arms asked for; none stands for all."""
@@ -219,6 +227,9 @@ def build_workload(options: Options, settings: Settings) -> Workload:
         raise ValueError(f"--draft of the pair is draft or draft_raw, got {options.draft!r}")
     questions = read_lines(options.questions) if options.questions else list(QUESTIONS)
     check_questions(questions)
+    clips = []
+    if options.dataset_dir:
+        clips = open_dataset(options.dataset_dir, options.duration).clips[: options.samples]
     if options.events:
         frames, image = read_recording(options.events, options.video)
     pair = MiniPair(settings, options.draft or "draft")
@@ -227,6 +238,9 @@ def build_workload(options: Options, settings: Settings) -> Workload:
         asked = questions[: options.samples]
         read = reader(options.video) if options.video else None
         tasks = [pair.task(f"question {i}", q, frames, image, read) for i, q in enumerate(asked)]
+    elif clips:
+        asked = questions if options.questions else None
+        tasks = clip_tasks(pair, clips, asked)
     elif modes:
         tasks = scene_videos(pair, files, options.samples, options.seed, questions)
     else:

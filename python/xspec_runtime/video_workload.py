@@ -12,9 +12,10 @@ import numpy as np
 
 from .arms import Arm, Task
 from .data.captions import QUESTIONS
+from .data.dsec import Clip
 from .data.scene_video import write_scene
 from .data.scenes import make_sample
-from .inputs import read_video
+from .inputs import read_events, read_video
 from .models.mini import TEST_SEED
 from .overlap import check_mode
 from .overlap_arms import OVERLAPPING, OverlapArm, PreparedArm
@@ -45,6 +46,19 @@ def overlap_modes(text: str, video: Path | None, events: Path | None, target: st
 def reader(video: Path) -> Callable[[Event], np.ndarray]:
     """What makes the target's frames of a request; raises as `read_video` does."""
     return lambda stop: read_video(video, stop)
+
+
+def clip_tasks(
+    pair: MiniPair, clips: Sequence[Clip], questions: Sequence[str] | None = None
+) -> list[Task]:
+    """Recorded clips, each with its own question or with `questions` in turn."""
+    tasks = []
+    for i, clip in enumerate(clips):
+        question = questions[i % len(questions)] if questions else clip.question or QUESTIONS[0]
+        name = f"{clip.drive} {clip.events.stem}"
+        image, read = read_events(clip.events), reader(clip.video)
+        tasks.append(pair.task(name, question, read_video(clip.video), image, read))
+    return tasks
 
 
 def scene_videos(
