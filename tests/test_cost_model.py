@@ -15,7 +15,6 @@ from xspec_runtime.cost.model import (
     costs_of,
     points_of,
     project,
-    tokens_per_round,
 )
 from xspec_runtime.cost.modelled import (
     CARDS,
@@ -29,6 +28,7 @@ from xspec_runtime.cost.modelled import (
 from xspec_runtime.cost.report import cost_results, fill_page, points_markdown, write_cost
 from xspec_runtime.cost.spot import modelled_for, numbers
 from xspec_runtime.files import read_json
+from xspec_runtime.metrics import expected_tokens
 from xspec_runtime.targets.llama_weights import LlamaShape
 from xspec_runtime.verify_cost.stage import find_config
 
@@ -49,17 +49,17 @@ def simulate(acceptance: float, gamma: int, rounds: int, rng: random.Random) -> 
     return emitted / rounds
 
 
-def test_tokens_per_round_are_those_of_a_simulation(rng: random.Random) -> None:
+def test_expected_tokens_are_those_of_a_simulation(rng: random.Random) -> None:
     for _ in range(10):
         acceptance, gamma = rng.random(), rng.randrange(0, 12)
         expected = simulate(acceptance, gamma, 20_000, rng)
-        assert tokens_per_round(acceptance, gamma) == pytest.approx(expected, rel=0.03)
+        assert expected_tokens(acceptance, gamma) == pytest.approx(expected, rel=0.03)
         if 0.05 < acceptance < 0.95 and gamma:
-            again = acceptance_of(tokens_per_round(acceptance, gamma), gamma)
+            again = acceptance_of(expected_tokens(acceptance, gamma), gamma)
             assert again == pytest.approx(acceptance, abs=1e-6)
-    assert tokens_per_round(1, 7) == 8 and tokens_per_round(0, 7) == 1
-    with pytest.raises(ValueError, match=r"acceptance in 0\.\.1"):
-        tokens_per_round(1.1, 3)
+    assert expected_tokens(1, 7) == 8 and expected_tokens(0, 7) == 1
+    with pytest.raises(ValueError, match="alpha must be from 0 to 1"):
+        expected_tokens(1.1, 3)
 
 
 def test_the_measurement_it_grew_out_of() -> None:
@@ -67,15 +67,15 @@ def test_the_measurement_it_grew_out_of() -> None:
     c = SEED_PAIR
     assert c.plain == 140 + 317 + 29 * 14
     assert c.ceiling == pytest.approx(863 / 457)
-    assert c.plain / c.rounds(tokens_per_round(0.5, 21), 22, 0) < 1
+    assert c.plain / c.rounds(expected_tokens(0.5, 21), 22, 0) < 1
     assert c.v(22) > c.break_even(0.5, 21)
     # Drafts in the window: one verify of them saves what it accepts.
-    saved = tokens_per_round(0.8, 5) - 1
+    saved = expected_tokens(0.8, 5) - 1
     assert c.fused(0.8, 5) == pytest.approx(140 + 317 + 0.7 + (29 - saved) * 14)
     assert c.separate(0.8, 5) == pytest.approx(140 + 317 + 0.8 * c.v(5) + (29 - saved) * 14)
     # Eight drafts are not ready when the window closes.
     assert c.fused(0.8, 8) - c.v(9) == pytest.approx(
-        97 + 70 + 317 - 14 + (30 - tokens_per_round(0.8, 8)) * 14
+        97 + 70 + 317 - 14 + (30 - expected_tokens(0.8, 8)) * 14
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 import zipfile
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from xspec_kernels import _dispatch
+from xspec_runtime.files import write_json
+from xspec_runtime.full_size.oracle import read_oracle
 from xspec_runtime.gpu import bundle, check, forward, kernels, law, rounds
 from xspec_runtime.gpu.cases import tree_mask_cases
 from xspec_runtime.gpu.clock import interleaved
 from xspec_runtime.gpu.compiled import compiled_kernels
 from xspec_runtime.gpu.decoder import Decoder, Shape
+from xspec_runtime.gpu.full_size import RECORDED_GAMMA
 from xspec_runtime.gpu.parts import CheckFailed, Context, Options
 
 
@@ -230,3 +234,17 @@ def test_bundle_refuses_a_wheel_without_the_library(tmp_path):
     with pytest.raises(RuntimeError, match=r"holds no libbitsandbytes_cuda130\.so"):
         bundle.unpack(wheel(tmp_path / "b.whl", "b/libbitsandbytes_cpu.so"), target)
     assert (target / "b").is_dir()
+
+
+def test_bundle_counts_are_an_oracle(tmp_path):
+    runs = [{"L4+VL": {"accepted": n}} for n in (1, 0, 1, 12)]
+    recording = tmp_path / bundle.CHAINS
+    recording.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    counts = bundle.accepted_counts(recording)
+    assert counts == {0: 1, 1: 2, 12: 1}
+    write_json(tmp_path / "counts.json", counts)
+    oracle = read_oracle(tmp_path / "counts.json", RECORDED_GAMMA + 1)
+    assert sorted(oracle.accepted) == [0, 1, 1, 12]
+    recording.write_text('{"L4+VL": {}}\n')
+    with pytest.raises(ValueError, match=r"L4\+VL\.accepted"):
+        bundle.accepted_counts(recording)

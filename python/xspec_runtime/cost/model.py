@@ -13,23 +13,12 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
+from ..metrics import expected_tokens
+
 SCHEMA = "xspec.cost/1"
 ACCEPTANCES = tuple(percent / 100 for percent in range(10, 101, 10))
 PLAIN = "target"
 Results = Mapping[str, Any]
-
-
-def tokens_per_round(acceptance: float, gamma: int) -> float:
-    """Tokens that a verify of `gamma` chained drafts emits, its own among them.
-
-    Raises:
-        ValueError: the acceptance is not in 0..1 or `gamma` is negative.
-    """
-    if not 0 <= acceptance <= 1 or gamma < 0:
-        raise ValueError(
-            f"expected an acceptance in 0..1 and gamma >= 0, got {acceptance} and {gamma}"
-        )
-    return sum(acceptance**k for k in range(gamma + 1))
 
 
 def acceptance_of(tokens: float, gamma: int) -> float:
@@ -37,7 +26,7 @@ def acceptance_of(tokens: float, gamma: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if tokens_per_round(middle, gamma) < tokens else (low, middle)
+        low, high = (middle, high) if expected_tokens(middle, gamma) < tokens else (low, middle)
     return (low + high) / 2
 
 
@@ -95,7 +84,7 @@ class Costs:
 
     def break_even(self, acceptance: float, gamma: int) -> float:
         """The longest verify of `gamma` free drafts that is no slower than plain decoding."""
-        return self.step * tokens_per_round(acceptance, gamma)
+        return self.step * expected_tokens(acceptance, gamma)
 
     def rounds(self, tokens: float, rows: int, drafting: float, begin: float = 0.0) -> float:
         """A request of rounds that emit `tokens` each.
@@ -112,7 +101,7 @@ class Costs:
         where the prefill's token already differs.
         """
         ready = self.draft_first + (drafts - 1) * self.draft_step
-        saved = tokens_per_round(acceptance, drafts) - 1
+        saved = expected_tokens(acceptance, drafts) - 1
         after = max(self.tokens - 1 - saved, 0.0) * self.step
         return max(self.window, ready) + self.prefill + acceptance * self.v(drafts) + after
 
@@ -121,7 +110,7 @@ class Costs:
         an upper bound where the prefill has slack.
         """
         ready = self.draft_first + (drafts - 1) * self.draft_step
-        saved = tokens_per_round(acceptance, drafts) - 1
+        saved = expected_tokens(acceptance, drafts) - 1
         after = max(self.tokens - 1 - saved, 0.0) * self.step
         return max(self.window, ready) + self.prefill + self.v(drafts + 1) - self.step + after
 
@@ -214,7 +203,7 @@ def project(
     rows = []
     for gamma in gammas:
         for acceptance in acceptances:
-            tokens = tokens_per_round(acceptance, gamma)
+            tokens = expected_tokens(acceptance, gamma)
             drafting = gamma * costs.draft_step
             rows.append(
                 {

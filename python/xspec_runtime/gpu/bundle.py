@@ -3,28 +3,33 @@
     python -m xspec_runtime.gpu.bundle FOLDER
 
 fetches bitsandbytes from the package index pip is configured with, keeps its Python files and the
-one CUDA library that fits, and copies recorded data. A version lies in a folder of its own,
-FOLDER/bitsandbytes-VERSION, to be put on the module path.
+one CUDA library that fits, copies recorded answers and counts what the research's main adapter had
+accepted. A version lies in a folder of its own, FOLDER/bitsandbytes-VERSION, to be put on the
+module path.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..files import replace_file
+from ..files import read_text, replace_file, write_json
 
 PEERS = (("bitsandbytes", "0.50.2"), ("bitsandbytes", "0.49.2"))
 LIBRARIES = ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")
 RECORDINGS = ("dsec_1s_token_pairs.jsonl",)
+CHAINS, CHAINS_ARM = "e2e_wallclock_50tok.jsonl", "L4+VL"
+DRAFT_ACCEPTED = "draft_accepted.json"
 LIMIT = 64 << 20
 
 
@@ -84,6 +89,20 @@ def fetch(package: str, version: str, folder: Path) -> Path:
     return target
 
 
+def accepted_counts(path: Path) -> dict[int, int]:
+    """Requests by accepted length of their one drafted chain, in a recorded run of the research.
+
+    Raises:
+        ValueError: the file holds no such run.
+    """
+    try:
+        runs = [json.loads(line)[CHAINS_ARM] for line in read_text(path, "recording").splitlines()]
+        lengths = Counter(int(run["accepted"]) for run in runs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected requests with {CHAINS_ARM}.accepted: {error}") from None
+    return dict(sorted(lengths.items()))
+
+
 def size(paths: Sequence[Path]) -> int:
     """Bytes of files and folders."""
     files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
@@ -114,6 +133,9 @@ def fill(folder: Path, recordings: Path) -> list[str]:
             replace_file(folder / name, partial(shutil.copyfile, recordings / name))
             made.append(folder / name)
     lines = [f"{path.name:32} {size([path]) / 2**20:6.2f} MiB" for path in made]
+    if (recordings / CHAINS).is_file():
+        write_json(folder / DRAFT_ACCEPTED, accepted_counts(recordings / CHAINS))
+        made.append(folder / DRAFT_ACCEPTED)
     if len(made) == len(PEERS):
         lines.append(f"no recorded data in {recordings}")
     bundle, tree = size([folder]), tree_size()
@@ -132,7 +154,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         sys.stdout.write("".join(f"{line}\n" for line in fill(given.folder, given.recordings)))
-    except (RuntimeError, OSError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
-from .bundle import RECORDINGS, carried
+from .bundle import DRAFT_ACCEPTED, RECORDINGS, carried
 from .forward import need_transformers
 from .parts import Context, Options, Part, Skip
 
-# In the bundle, where somebody put it: recorded counts by accepted length of another first chain
-# than the draft's own text, for instance an adapter's.
-DRAFT_ACCEPTED = "draft_accepted.json"
+# Tokens that the research drafted in its one chain (18 to 23): accepted lengths need the room.
+RECORDED_GAMMA = 21
 
 
 def parts(options: Options) -> list[Part]:
@@ -34,10 +34,9 @@ def arms(weights: str, context: Context) -> Iterator[dict]:
         asked = run.Options(weights, "tiny", device="cpu", seed=options.seed)
     elif pairs.is_file():
         counts = options.bundle / DRAFT_ACCEPTED
-        asked = run.Options(
-            weights, pairs=pairs, draft_oracle=counts if counts.is_file() else None,
-            device=options.device, seed=options.seed,
-        )  # fmt: skip
+        asked = run.Options(weights, pairs=pairs, device=options.device, seed=options.seed)
+        if counts.is_file():
+            asked = replace(asked, draft_oracle=counts, gamma=RECORDED_GAMMA)
     else:
         raise Skip(f"{pairs} is not there: accepted lengths are recorded ones")
     found = run.run_full_size(asked, context.log)
