@@ -34,17 +34,19 @@ def main(
     verify: Annotated[
         Path | None, typer.Option(help="results.json of bench/verify.py for the same model.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Of --verify; by default its first.")] = "",
+    backend: Annotated[str, typer.Option(help="Which of --verify; default: its first.")] = "",
     gamma: Annotated[str, typer.Option(help="Chain lengths to project, comma-separated.")] = "",
     samples: Annotated[int, typer.Option(help="Test scenes of the short run.")] = 4,
     card: Annotated[
         str, typer.Option(help="Model cards instead, measure nothing: h200,h100,a100,4090,3090.")
     ] = "",
-    config: Annotated[str, typer.Option(help="Of --card: as in bench/verify.py.")] = "llama-7b",
-    prompt_tokens: Annotated[str, typer.Option(help="Of --card.")] = "2076,4124",
-    rows: Annotated[str, typer.Option(help="Of --card: rows M.")] = "1,22,64",
+    config: Annotated[str, typer.Option(help="With --card: shape, as in verify.py.")] = "llama-7b",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="With --card: tokens in the KV cache.")
+    ] = "2076,4124",
+    rows: Annotated[str, typer.Option(help="With --card: rows M.")] = "1,22,64",
     page: Annotated[
-        Path | None, typer.Option(help="Of --card: rewrite the tables of this page.")
+        Path | None, typer.Option(help="With --card: rewrite the tables of this page.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Only say whether --page is up to date.")] = False,
     measured: Annotated[Path, typer.Option(help="Folder of measured results for --page.")] = ROOT

@@ -27,13 +27,22 @@ def run(options: Options) -> None:
 def main(
     gamma: Annotated[int, typer.Option(help="Draft tokens of a chain.")] = 5,
     rows: Annotated[int, typer.Option(help="Rows of the merged tree, root included.")] = 16,
-    arms: Annotated[str, typer.Option(help="Comma-separated arms; empty runs all.")] = "",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated arms; empty runs all but draft_alone, parallel_prefill, "
+            "self_nf4, self_skip and cascade."
+        ),
+    ] = "",
     samples: Annotated[int, typer.Option(help="Test scenes.")] = 24,
     warmup: Annotated[int, typer.Option(help="Samples run once more before, uncounted.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     target: Annotated[str, typer.Option(help="'mini' or a folder with a causal LM.")] = "mini",
     draft: Annotated[
-        str, typer.Option(help="'draft', 'draft_raw' (mini), or a folder with a causal LM.")
+        str, typer.Option(help="'draft', 'draft_raw' (mini), or a model's folder.")
+    ] = "",
+    middle: Annotated[
+        str, typer.Option(help="Folder of the cascade's middle model; default: the target in NF4.")
     ] = "",
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts of a text target, one a line.")
@@ -70,17 +79,25 @@ def main(
     draft_device: Annotated[str, typer.Option(help="The draft's, if another.")] = "",
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of `xspec train hidden` runs; each level there is an arm more."),
+        typer.Option(help="Folder of `xspec train` runs; each level there is an arm more."),
     ] = None,
     adapter_level: Annotated[
-        str, typer.Option(help="Only these levels: L1 to L5, L5F, B1, EAGLE, comma-separated.")
+        str,
+        typer.Option(
+            help="Only these levels: TOKEN, PREFIX, L1 to L5, L5F, L6, L6HEAD, B1, EAGLE, "
+            "comma-separated; L4+B1: two phases, TREE+L4: merged with memory."
+        ),
     ] = "",
     adapter: Annotated[
         str, typer.Option(help="Of several runs of a level: latest or starred; default: starred.")
     ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Selects the test scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Selects the test scenes, and the draws.")] = 0,
+    temperature: Annotated[
+        str,
+        typer.Option(help="Sample at these, as 0,0.3,0.7,1: acceptance by temperature, plotted."),
+    ] = "",
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0: one for the pair, torch's choice otherwise.")
     ] = 0,

@@ -32,22 +32,29 @@ def run(options: Options, json_file: Path | None) -> None:
 @app.command(cls=Command)
 def main(
     weights: Annotated[str, typer.Option(help="nf4 or bf16.")] = Options.weights,
-    shape: Annotated[str, typer.Option(help="full, or tiny on the CPU.")] = Options.shape,
+    shape: Annotated[
+        str, typer.Option(help="full: Llama-7B's, on a GPU; tiny: on the CPU.")
+    ] = Options.shape,
     pairs: Annotated[
-        Path | None, typer.Option(help="Recorded answers of both models: give both oracles.")
+        Path | None, typer.Option(help="Recorded answers of both models, in place of both oracles.")
     ] = None,
     oracle: Annotated[
-        Path | None, typer.Option(help="Accepted lengths of the memory tree: --trace of e2e.py.")
+        Path | None, typer.Option(help="Accepted lengths of the memory tree: a --trace of e2e.py.")
     ] = None,
     draft_oracle: Annotated[
-        Path | None, typer.Option(help="Of the draft's first chain: lines, or counts by length.")
+        Path | None,
+        typer.Option(help="Those of the draft's first chain: lines, or counts by length."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows of the memory tree.")] = Options.rows,
-    gamma: Annotated[int, typer.Option(help="Draft tokens before the prefill.")] = Options.gamma,
-    window_ms: Annotated[float, typer.Option(help="In which the CPU prepares the video.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+    gamma: Annotated[
+        int, typer.Option(help="Draft tokens written before the prefill.")
+    ] = Options.gamma,
+    window_ms: Annotated[float, typer.Option(help="How long the CPU prepares the video.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and prompts.")] = 0,
     peers: Annotated[bool, typer.Option(help="Run transformers' arms too.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results here.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Time every way of answering one request at the sizes of the 7B pair."""

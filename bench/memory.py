@@ -111,14 +111,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(cls=Command)
 def main(
-    pairs: Annotated[Path | None, typer.Option(help="Recorded pairs to make answers of.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to store.")] = 1_000_000,
-    rows: Annotated[str, typer.Option(help="Rows of a tree, several with commas.")] = "6,16,32,64",
+    pairs: Annotated[
+        Path | None, typer.Option(help="Recorded pairs to make answers of; else made up.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that the memory holds.")] = 1_000_000,
+    rows: Annotated[str, typer.Option(help="Rows of a tree, comma-separated.")] = "6,16,32,64",
     backend: Annotated[str, typer.Option(help="auto, native or python.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Figures, JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures here.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Time an n-gram memory of the given size."""
+    """Time how long a memory of this size takes to propose a tree and to learn an answer."""
     source = f" --pairs {pairs}" if pairs else ""
     command = f"python bench/memory.py{source} --tokens {tokens} --rows {rows} --backend {backend}"
     run_cli(lambda: run(pairs, tokens, rows, backend, json_file, command), debug)

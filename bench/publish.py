@@ -1,16 +1,22 @@
-"""Committed results -> the tables of README.md, between their markers."""
+"""Committed results -> the tables of README.md and of pages of docs/, and the README's plots."""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 
+from xspec_runtime.adapters.analysis.report import analysis_markdown, hidden_markdown
 from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.drop_in.report import drop_in_markdown
 from xspec_runtime.files import read_json, read_text, write_text
+from xspec_runtime.plots import draw_speedups, draw_timeline
 from xspec_runtime.replay.run import replay_markdown
 from xspec_runtime.report import markdown_table
 
@@ -55,60 +61,126 @@ def prompts_markdown(results: dict) -> str:
     return "\n".join([markdown_table(results), "", note, "", *lines])
 
 
+def arms_of_adapters(results: dict) -> str:
+    """Arms of adapters of states beside their draft-hidden twins."""
+    return hidden_markdown(results, read_json(ANALYSIS, "committed result"))
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+ANALYSIS = RESULTS / "hidden_analysis_cpu.json"
 TABLES = {
     "e2e": (RESULTS / "e2e_cpu.json", markdown_table),
     "replay": (RESULTS / "replay.json", replay_markdown),
     "smollm2": (RESULTS / "smollm2_cpu.json", prompts_markdown),
     "pair": (CHECKPOINTS / "training.json", training_markdown),
 }
+ADAPTER_TABLES = {
+    "hidden": (RESULTS / "hidden_e2e_cpu.json", arms_of_adapters),
+    "states": (ANALYSIS, analysis_markdown),
+}
+GUIDE_TABLES = {
+    "drop_in": (RESULTS / "drop_in_cpu.json", drop_in_markdown),
+    "drop_in_overhead": (RESULTS / "drop_in_overhead_cpu.json", drop_in_markdown),
+}
+# Documents by name: the folder that their links start from, and their tables.
+DOCUMENTS = {
+    "README.md": (ROOT, TABLES),
+    "adapters.md": (ROOT / "docs", ADAPTER_TABLES),
+    "guide.md": (ROOT / "docs", GUIDE_TABLES),
+}
+# Plots of the end-to-end run, by file.
+IMAGES = ROOT / "docs" / "images"
+PLOTS = {"speedups.png": draw_speedups, "timeline.png": draw_timeline}
 
 
-def publish(readme: Path, check: bool) -> None:
-    """Rewrite the text between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    text = before = read_text(readme)
-    for name, (file, render) in TABLES.items():
-        table = _table(file, render)
+def publish(document: Path, check: bool) -> None:
+    """Rewrite the text between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: `document` has no such tables, lacks their markers, or, under `check`, another
+            text.
+    """
+    text = before = read_text(document)
+    if document.name not in DOCUMENTS:
+        raise ValueError(f"{document} has no tables; {' and '.join(DOCUMENTS)} have")
+    home, tables = DOCUMENTS[document.name]
+    for name, (file, render) in tables.items():
+        table = _table(file, render, home)
         block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
         pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
         text, found = re.subn(pattern, lambda _, b=block: b, text, flags=re.S)
         if found != 1:
             raise ValueError(
-                f"{readme} must hold the markers of table {name!r} once, found {found}"
+                f"{document} must hold the markers of table {name!r} once, found {found}"
             )
     if check and text != before:
-        raise ValueError(f"{readme} is not what bench/publish.py makes of bench/results; run it")
+        raise ValueError(f"{document} is not what bench/publish.py makes of bench/results; run it")
     if not check:
-        write_text(readme, text)
+        write_text(document, text)
 
 
-def _table(file: Path, render: Callable[[dict], str]) -> str:
+def draw(folder: Path, check: bool) -> None:
+    """Draw `PLOTS` into the folder, or compare the files there pixel by pixel.
+
+    Raises:
+        ValueError: under `check`, a file is missing or shows something else.
+    """
+    results = read_json(TABLES["e2e"][0], "committed result")
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch) if check else folder
+        home.mkdir(parents=True, exist_ok=True)
+        for name, plot in PLOTS.items():
+            plot(results, home / name)
+            if check and not _same_picture(home / name, folder / name):
+                raise ValueError(f"{folder / name} is not what bench/publish.py draws; run it")
+
+
+def _same_picture(one: Path, other: Path) -> bool:
+    if not other.is_file():
+        return False
+    with Image.open(one) as left, Image.open(other) as right:
+        return left.size == right.size and left.tobytes() == right.tobytes()
+
+
+def _table(file: Path, render: Callable[[dict], str], home: Path) -> str:
     results = read_json(file, "committed result")
     try:
         if not results.get("complete", True):
             raise ValueError("the run was interrupted")
-        return f"{_source(file, results)}\n\n{render(results)}"
+        return f"{_source(file, results, home)}\n\n{render(results)}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be published: {type(error).__name__}: {error}") from error
 
 
-def _source(file: Path, results: dict) -> str:
+def _source(file: Path, results: dict, home: Path) -> str:
     env = results["environment"]
     machine = env.get("gpu") or env.get("cpu") or env["machine"]
-    where = [f"`{results['command']}` on {machine}"]
+    # Of a path outside the project only the name says something to a reader.
+    command = re.sub(r"(?<=\s)/\S*/", "", results["command"])
+    where = [f"`{command}` on {machine}"]
     names = ("threads", "torch", "transformers", "commit")
     where += [f"{name} {env[name]}" for name in names if env.get(name)]
-    return f"Measured: {', '.join(where)} ([raw]({file.relative_to(ROOT)}))."
+    return f"Measured: {', '.join(where)} ([raw]({os.path.relpath(file, home)}))."
 
 
 @app.command(cls=Command)
 def main(
-    readme: Annotated[Path, typer.Option(help="File to rewrite.")] = ROOT / "README.md",
-    check: Annotated[bool, typer.Option(help="Only say whether the file is up to date.")] = False,
+    document: Annotated[
+        Path | None, typer.Option(help="File to rewrite; all that have tables where not given.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Only say whether they are up to date.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Put the committed results into the README."""
-    run_cli(lambda: publish(readme, check), debug)
+    """Put the committed results into the README, its plots and the page on adapters."""
+    places = [document] if document else [home / name for name, (home, _) in DOCUMENTS.items()]
+
+    def work() -> None:
+        for place in places:
+            publish(place, check)
+        if not document:
+            draw(IMAGES, check)
+
+    run_cli(work, debug)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def run(options: RegretOptions, json_file: Path | None) -> None:
 @app.command(cls=Command)
 def main(
     samples: Annotated[int, typer.Option(help="Test scenes.")] = D.samples,
-    repeats: Annotated[int, typer.Option(help="Times that each is answered.")] = D.repeats,
-    arms: Annotated[str, typer.Option(help="Drafted arms of the pair.")] = D.arms,
+    repeats: Annotated[int, typer.Option(help="How often each scene is answered.")] = D.repeats,
+    arms: Annotated[str, typer.Option(help="Arms with drafts, comma-separated.")] = D.arms,
     gamma: Annotated[int, typer.Option(help="Draft tokens of a chain.")] = D.gamma,
     rows: Annotated[int, typer.Option(help="Rows of a tree, root included.")] = D.rows,
     prefill_fused: Annotated[
@@ -58,14 +58,16 @@ def main(
     ] = D.prefill_fused,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = D.threads,
     pairs: Annotated[
-        Path | None, typer.Option(help="Recorded pairs, for the table in counted cost.")
+        Path | None, typer.Option(help="Recorded pairs; adds a table in counted cost.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many of them.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where results go.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many pairs, from the first.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results here.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Share of answers slower than plain decoding beyond its own spread, drafters as they are and
-    priced by what this machine was measured to take.
+    """Count answers that drafting made slower than plain decoding, beyond its own spread: drafters
+    as they are, and priced by what this machine was measured to take.
     """
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     values = {k: v for k, v in locals().items() if k not in ("debug", "json_file")}

@@ -42,17 +42,29 @@ def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> N
 @app.command(cls=Command)
 def main(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
-    train: Annotated[Path | None, typer.Option(help="Pairs that fill the memories.")] = None,
-    folds: Annotated[int, typer.Option(help="Contiguous folds, without --train.")] = 5,
-    gamma: Annotated[int, typer.Option(help="Draft tokens of raw draft and constant string.")] = 5,
-    rows: Annotated[str, typer.Option(help="Rows of the memory drafters.")] = "6,16,32,64",
-    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
-    backend: Annotated[str, typer.Option(help="Of the accept op.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Results, JSON.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="JSON lines, one a verify.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Pairs that fill the memories, in place of folds.")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Parts that take turns as the test.")] = 5,
+    gamma: Annotated[
+        int, typer.Option(help="Draft tokens a round of raw draft and constant string.")
+    ] = 5,
+    rows: Annotated[
+        str, typer.Option(help="Rows of a verify of the memories, comma-separated.")
+    ] = "6,16,32,64",
+    limit: Annotated[int | None, typer.Option(help="Only so many pairs, from the first.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of the accept op: auto, torch, triton or cuda.")
+    ] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results here.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a JSON line a verify to this file.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Compare drafters on recorded answers."""
+    """Compare drafters on recorded answers; runs no model."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     values = (pairs, train, folds, gamma, rows, limit, backend, command)
     run_cli(lambda: run(ReplayOptions(*values), json_file, trace), debug, LESS_MEMORY)

@@ -33,14 +33,20 @@ def run(options: SoakOptions) -> None:
 
 @app.command(cls=Command)
 def main(
-    minutes: Annotated[float, typer.Option(help="Longest run.")] = SoakOptions.minutes,
-    requests: Annotated[int, typer.Option(help="Most requests.")] = SoakOptions.requests,
-    seed: Annotated[int, typer.Option(help="Repeats a run, call by call.")] = 0,
-    engines: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ENGINES),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+    minutes: Annotated[float, typer.Option(help="Ends after so long.")] = SoakOptions.minutes,
+    requests: Annotated[
+        int, typer.Option(help="Ends after so many requests.")
+    ] = SoakOptions.requests,
+    seed: Annotated[int, typer.Option(help="The same one repeats a run, call by call.")] = 0,
+    engines: Annotated[
+        str, typer.Option(help="Decoders that take turns, comma-separated.")
+    ] = ",".join(ENGINES),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results here.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Soak decoders in random requests for some minutes."""
+    """Send random requests and faults to decoders; check answers, and that memory stays flat."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     options = SoakOptions(command, minutes, requests, seed, engines, json_file)
     run_cli(lambda: run(options), debug)

@@ -47,21 +47,23 @@ def run(options: VerifyOptions) -> None:
 @app.command(cls=Command)
 def main(
     config: Annotated[
-        str, typer.Option(help="llama-7b, llama-3-8b, smollm2, mini, or a model's folder.")
+        str, typer.Option(help="Shape: llama-7b, llama-3-8b, smollm2, mini, or a folder.")
     ] = "mini",
-    rows: Annotated[str, typer.Option(help="Rows M; 1 is always measured.")] = VerifyOptions.rows,
+    rows: Annotated[
+        str, typer.Option(help="Rows M, comma-separated; 1 always.")
+    ] = VerifyOptions.rows,
     prompt_tokens: Annotated[
-        str, typer.Option(help="Committed tokens in the KV cache.")
+        str, typer.Option(help="Tokens in the KV cache, comma-separated.")
     ] = VerifyOptions.prompt_tokens,
-    shapes: Annotated[str, typer.Option(help="chain, tree.")] = VerifyOptions.shapes,
+    shapes: Annotated[str, typer.Option(help="chain, tree, or both.")] = VerifyOptions.shapes,
     backends: Annotated[
-        str, typer.Option(help="auto, torch, triton, tight (ours), transformers, packed, linear.")
+        str, typer.Option(help="Ours: auto, torch, triton, tight; transformers, packed, linear.")
     ] = "",
-    modes: Annotated[str, typer.Option(help="eager, graph (CUDA only).")] = "",
+    modes: Annotated[str, typer.Option(help="eager, graph (CUDA only), or both.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
     repeats: Annotated[int, typer.Option(help="Visits to every pass, three calls each.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of weights, keys and trees.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, keys and trees.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one for mini, or torch's.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Folder for results.json and the plot.")] = Path(
         "results/verify"

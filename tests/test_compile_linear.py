@@ -71,6 +71,7 @@ def launch_arguments(cc: int, N: int, K: int, kind: str, M: int = 22, **changes:
     if kind == HEAD:
         kernel = _lm_head_tiles_kernel
         arguments |= {"tile_best": sums, "tile_second": sums, "tile_index": counts}
+        arguments["bias"] = None
         arguments["ROUND_TO"] = tl.bfloat16
     else:
         kernel = _skinny_linear_kernel

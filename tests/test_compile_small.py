@@ -50,10 +50,12 @@ def embed_case(rows, width=4096, dtype=torch.bfloat16):
     return {
         "token_ids": torch.zeros(rows + 1, dtype=torch.int64)[rows % 2 :],
         "weight": weight,
+        "position": None,
         "out": torch.zeros(rows, width, dtype=dtype),
         "vocab": 32000 + rows,
         "D": width,
         "BLOCK": 1024,
+        "INTERPRETED": False,
     }, {"num_warps": 4}
 
 

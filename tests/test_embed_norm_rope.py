@@ -350,4 +350,4 @@ def test_opcheck(norm, rng):
     x, weight = torch.randn(2, 8), torch.randn(8)
     residual = x.clone() if norm else None
     torch.library.opcheck(torch.ops.xspec.norm_act, (x, weight, 1e-5, residual, "auto"))
-    torch.library.opcheck(torch.ops.xspec.embed, (int32([0, 1]), x, "auto"))
+    torch.library.opcheck(torch.ops.xspec.embed, (int32([0, 1]), x, None, "auto"))

@@ -410,25 +410,43 @@ def test_a_shared_pass_that_cannot_be_done(engine: str, target, passes) -> None:
     [
         ([VOCAB], f"drafted ids must be in 0..{VOCAB - 1}, got "),
         ([-2], "drafted ids must be in"),
-        ([3] * 200, "KV cache is full"),
+        ([i % VOCAB for i in range(200)], "KV cache is full"),
     ],
 )
-def test_a_bad_tree_in_a_batch(engine: str, target, drafts: list[int], message: str) -> None:
+def test_a_bad_tree_in_a_batch(engine: str, target, drafts: Sequence[int], message: str) -> None:
     batch = Batch(target)
     batch.faults[1] = ("propose", 1)
-    batch.tree = lambda context: DraftTree.chain(context[-1], drafts)
+    batch.tree = lambda context: siblings(context[-1], drafts)
     out = batch.generate(return_errors=True)
     others_are_right(out, 1)
     assert message in str(out[1].error)
     assert batch.shapes() == fresh_batch(engine)
 
 
+def siblings(root: int, drafts: Sequence[int]) -> DraftTree:
+    """A tree of one level."""
+    return DraftTree([root, *drafts], [-1] + [0] * len(drafts), [0.0] * (len(drafts) + 1))
+
+
+def test_drafts_behind_the_end_of_an_answer_are_cut(engine: str, target) -> None:
+    batch = Batch(target)
+    batch.faults[1] = ("propose", 1)
+    batch.tree = lambda context: DraftTree.chain(context[-1], [3] * 200)
+    out = batch.generate(return_errors=True)
+    others_are_right(out, -1)
+    assert out[1].rounds[1].rows == NEW - out[1].rounds[0].emitted - 1
+
+
 def test_a_tree_too_deep_for_one_of_a_batch() -> None:
-    batch = Batch(LlamaTarget(model(), 160))
+    # Answers this long may hold the damaged id, which is sound here.
+    batch = Batch(LlamaTarget(tiny_llama(SEED), 160))
+    batch.decoder.config = SpecConfig(6, 60)
     batch.faults[1] = ("propose", 1)
     batch.tree = lambda context: DraftTree.chain(context[-1], [3] * 40)
     out = batch.generate(return_errors=True)
-    others_are_right(out, 1)
+    for one, answer in zip(out, truth(), strict=True):
+        assert one.tokens[: len(answer)] == answer[: len(one.tokens)]
+    assert [one.error is None for one in out] == [i != 1 for i in range(len(out))]
     assert "40 deep" in str(out[1].error)
 
 

@@ -85,7 +85,8 @@ def test_dry_run_measures_every_kind(dry):
     products = {f"skinny_linear {name}{norm}" for name in ("qkv", "o", "gate_up", "down")
                 for norm in ("", " with norm")}  # fmt: skip
     others = {"lm_head_argmax", "norm_act", "rope_append", "tree_attention 40"}
-    assert {row["op"] for row in kernels} == products | others
+    adapters = {f"adapter_forward {name}" for name in ("TokenAdapter", "L1", "L2", "L3", "L4")}
+    assert {row["op"] for row in kernels} == products | others | adapters
     for row in kernels:
         assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert (row["torch_us"] is None) == (row["op"] == "rope_append")

@@ -619,7 +619,7 @@ def test_a_length_of_the_host_in_a_graph_shows(tape, seed: int) -> None:
     target = LlamaTarget(model, 64, graphs=True)
     load = target._rounds.load
 
-    def baked(batch: int, rows: int):
+    def baked(batch: int, rows: int, drafts: torch.Tensor | None = None):
         at = load(batch, rows)
         return at._replace(cache_seqlens=torch.full_like(at.cache_seqlens, target.cache.length))
 

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from xspec_runtime import NgramDrafter, NgramMemory, hf
+from xspec_runtime.hf.kept import kept_for
 
 VOCAB, EOS, NEW = 48, 2, 20
 SIZES = {
@@ -135,6 +136,12 @@ def prompts(name: str, batch: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
+def free_rows(model, rows: int) -> None:
+    """Let verifies of `model` cost next to nothing, so that all rows are worth verifying."""
+    costs = [1.0 + 0.001 * i for i in range(rows)]
+    kept_for(model).costs = {(rows, packed): costs for packed in (False, True)}
+
+
 class Forwards:
     """Counts forward passes of a model."""
 
@@ -146,6 +153,19 @@ class Forwards:
         self.count += 1
 
 
+class Kept(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self):
+        self.ended += 1
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_are_those_of_generate(name, batch, seed):
@@ -154,7 +174,7 @@ def test_greedy_answers_are_those_of_generate(name, batch, seed):
     plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     # Rows cost nothing here, so that all are worth verifying; the second call drafts from what the
     # first one said.
-    hf._state(model).costs[8] = [1.0 + 0.001 * i for i in range(8)]
+    free_rows(model, 8)
     counts = []
     for drafted in (False, True):
         forwards = Forwards(model)
@@ -173,7 +193,7 @@ def test_the_second_call_takes_fewer_passes(seed):
     inputs = prompts("llama", 1)
     counts = []
     # Rows cost nothing here, so that all are worth verifying.
-    hf._state(model).costs[16] = [1.0 + 0.001 * i for i in range(16)]
+    free_rows(model, 16)
     for _ in range(2):
         forwards = Forwards(model)
         model.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=hf.generate)
@@ -206,16 +226,6 @@ def test_processors_criteria_and_streamer(seed):
         def __call__(self, ids, scores, **kwargs):
             return torch.tensor([ids.shape[1] >= inputs["input_ids"].shape[1] + 7])
 
-    class Kept(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens, self.ended = [], 0
-
-        def put(self, value):
-            self.tokens += value.tolist()
-
-        def end(self):
-            self.ended += 1
-
     common = {
         "max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.3,
         "no_repeat_ngram_size": 3,
@@ -230,7 +240,7 @@ def test_processors_criteria_and_streamer(seed):
             custom_generate=hf.generate, xspec_streamer=kept,
         )  # fmt: skip
         assert torch.equal(ours, plain)
-        assert kept.tokens == ours[0, inputs["input_ids"].shape[1] :].tolist() and kept.ended == 1
+        assert kept.tokens == ours[0].tolist() and kept.ended == 1
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -316,13 +326,11 @@ def test_refusals(seed):
             return_dict_in_generate=True)  # fmt: skip
     refuses("does not support xspec_drafter with several", 2,
             xspec_drafter=NgramDrafter(NgramMemory(), online=True))  # fmt: skip
+    refuses("does not support xspec_streamer with several", 2, xspec_streamer=Kept())
+    refuses("does not support prefix_allowed_tokens_fn with several", 2,
+            prefix_allowed_tokens_fn=lambda row, ids: [row])  # fmt: skip
     cache = DynamicCache()
     model(**inputs, past_key_values=cache)
     longer = torch.cat([inputs["input_ids"], torch.tensor([[9]])], 1)
     with pytest.raises(ValueError, match="past_key_values that hold tokens"):
         model.generate(longer, past_key_values=cache, max_new_tokens=4, custom_generate=hf.generate)
-    with pytest.raises(ValueError, match="after temperature, top-k or top-p"):
-        model.generate(
-            **inputs, max_new_tokens=4, do_sample=True, temperature=0.7, min_p=0.1,
-            custom_generate=hf.generate,
-        )  # fmt: skip

@@ -9,10 +9,12 @@ from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
 from xspec_runtime.adapters import alignment
 from xspec_runtime.adapters.alignment import STATE_LEVELS
 from xspec_runtime.adapters.eagle import EagleConfig, EagleFusion
-from xspec_runtime.adapters.hidden import HiddenAdapter, HiddenAdapterConfig
+from xspec_runtime.adapters.hidden import READS_DRAFT, HiddenAdapter, HiddenAdapterConfig
+from xspec_runtime.adapters.score_states import StateAdapter
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import Drafter, Request
 from xspec_runtime.drafters.hidden import DraftStates, HiddenDrafter
+from xspec_runtime.drafters.rollout import CachedLayers, StateRollout
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.targets.tapped import TappedTarget
 
@@ -20,12 +22,13 @@ WIDTH, LENGTH, GAMMA = 64, 24, 3
 SIZES = {"bottleneck": 8, "wide": 16, "intermediate": 24, "heads": 4, "positions": 64}
 
 
-def adapter_of(level: str) -> HiddenAdapter | EagleFusion:
+def adapter_of(level: str, layers: int = 1, draft_width: int = WIDTH) -> StateAdapter:
     torch.manual_seed(3)
     if level == alignment.EAGLE:
-        adapter = EagleFusion(EagleConfig(VOCAB, 32, WIDTH, WIDTH, 1, 4, 64))
+        adapter = EagleFusion(EagleConfig(VOCAB, 32, WIDTH, draft_width, layers, 4, 64))
     else:
-        adapter = HiddenAdapter(HiddenAdapterConfig(level, WIDTH, WIDTH, **SIZES))
+        config = HiddenAdapterConfig(level, WIDTH, draft_width, layers=layers, **SIZES)
+        adapter = HiddenAdapter(config)
     return adapter.eval().requires_grad_(False)
 
 
@@ -100,30 +103,26 @@ def test_answers_are_the_target_s(level, hide, model, ids, answer):
     assert chains[0] == chains[1]
 
 
-def perfect(level: str, states: torch.Tensor) -> HiddenAdapter:
-    """An adapter that gives the very states it has to predict."""
-    adapter = adapter_of(level)
-
-    def forward(draft=None, target=None, mask=None):
-        positions = (draft if target is None else target).shape[1]
-        return states[None, alignment.target_position(0) if target is not None else 0 :][
-            :, :positions
-        ]
-
-    adapter.forward = forward
-    return adapter
+def make_perfect(drafter: HiddenDrafter, level: str, states: torch.Tensor) -> None:
+    """The adapter gives the very states it has to predict."""
+    adapter, first = drafter._adapter, alignment.state_position(level, 0)
+    if level in alignment.AHEAD:
+        layers = drafter._rollout._layers
+        adapter.body.leave = lambda x, into: states[layers.length - 1 + first][None]
+    else:
+        adapter.forward = lambda draft: states[None, first : first + draft.shape[1]]
 
 
 @pytest.mark.parametrize("level", ["L1", "L4", "L5", "L5F", "B1"])
 @pytest.mark.parametrize("shift", [0, 1, -1])
-def test_one_position_off_accepts_little(level, shift, model, ids, answer, states, monkeypatch):
+def test_one_position_off_accepts_little(level, shift, model, ids, answer, states):
     """A perfect adapter has every draft accepted, and hardly any once positions are shifted."""
     target = TappedTarget(model, 128)
     head = model.get_output_embeddings().weight
     padded = torch.cat([torch.zeros(2, WIDTH), states, torch.zeros(GAMMA + 2, WIDTH)])
-    adapter = perfect(level, padded[2 + shift :])
     source = DraftStates(model, (), LENGTH, 128)
-    drafter = HiddenDrafter(adapter, GAMMA, head, source, target.states)
+    drafter = HiddenDrafter(adapter_of(level), GAMMA, head, source, target.states)
+    make_perfect(drafter, level, padded[2 + shift :])
     out = generate(target, drafter, ids)
     assert out.tokens == answer
     if shift == 0:
@@ -132,7 +131,112 @@ def test_one_position_off_accepts_little(level, shift, model, ids, answer, state
         assert sum(r.accepted for r in out.rounds) <= len(out.rounds) // 2
 
 
-@pytest.mark.parametrize("level", ["L5F", "B1", "EAGLE"])
+AHEAD = pytest.mark.parametrize("level", ["L5F", "B1", "EAGLE"])
+
+
+def whole_prefix_chain(adapter, level, head, draft, states, context, count):
+    """The chain by the network itself, which reads the whole prefix again in every step."""
+    tokens, chances, states = list(context), [], states[: len(context)]
+    for _ in range(count):
+        beside = torch.zeros(1, len(tokens), draft.shape[1])
+        held = draft[: len(tokens)]
+        beside[0, : len(held)] = held
+        if level == alignment.EAGLE:
+            logits = adapter(torch.tensor([tokens]), beside)[0, -1]
+        else:
+            beside = beside if level in READS_DRAFT else None
+            states = torch.cat([states, adapter(beside, states[None])[0, -1:]])
+            logits = head @ states[-1]
+        best = logits.softmax(-1).max(-1)
+        tokens.append(int(best.indices))
+        chances.append(float(best.values))
+    return tokens[len(context) :], torch.tensor(chances).cumprod(0)
+
+
+@AHEAD
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("drafted", [0, 9, 40])
+@torch.inference_mode()
+def test_kept_keys_and_values_change_no_proposal(level, layers, drafted, model):
+    """After misses, full acceptances, several prefixes at once and twice the same; draft hidden,
+    shorter than the answer, and longer.
+    """
+    generator = torch.Generator().manual_seed(layers + drafted)
+    head = model.get_output_embeddings().weight
+    draft = torch.randn(drafted, 48, generator=generator)
+    states = torch.randn(40, WIDTH, generator=generator)
+    text = torch.randint(0, VOCAB, (40,), generator=generator).tolist()
+    adapter = adapter_of(level, layers, 48)
+    drafter = HiddenDrafter(adapter, GAMMA, head, lambda request: draft,
+                            lambda known: states[:known], hide_draft=drafted == 0)  # fmt: skip
+    for lengths in ((1, 2, 6, 7, 7, 11, 12, 30), (5, 8, 9)):
+        drafter.begin(Request())
+        for known in lengths:
+            args = (adapter, level, head, draft, states, text[:known], GAMMA)
+            tokens, scores = whole_prefix_chain(*args)
+            tree = drafter.propose(text[:known], GAMMA + 1)
+            assert tree.tokens[1:] == tokens, known
+            torch.testing.assert_close(torch.tensor(tree.scores[1:]), scores, rtol=1e-4, atol=1e-6)
+        drafter.end(text)
+
+
+@AHEAD
+def test_a_round_costs_what_was_committed_and_single_rows(level, model, ids, answer, monkeypatch):
+    fed: list[int] = []
+    feed = CachedLayers.__call__
+
+    def counted(layers, x):
+        fed.append(len(x))
+        return feed(layers, x)
+
+    monkeypatch.setattr(CachedLayers, "__call__", counted)
+    target = TappedTarget(model, 128)
+    drafter = drafter_of(level, model, target)
+    layers = drafter._rollout._layers
+    memory = [rows.data_ptr() for rows in layers._rows]
+    for _ in range(2):
+        fed.clear()
+        out = generate(target, drafter, ids)
+        first = fed[::GAMMA]
+        new = [1] + [r.emitted for r in out.rounds]
+        # The last rounds may be shorter than a chain.
+        whole = sum(r.rows == GAMMA + 1 for r in out.rounds)
+        assert whole > 4 and first[:whole] == new[:whole]
+        assert all(fed[i] == 1 for i in range(whole * GAMMA) if i % GAMMA)
+    assert out.tokens == answer
+    assert [rows.data_ptr() for rows in layers._rows] == memory
+    assert all(len(rows) == SIZES["positions"] for rows in layers._rows)
+    # A request that ended, or failed, leaves no row behind.
+    assert drafter._rollout._committed == 0 and drafter._known == 0
+
+
+def test_heads_read_the_rows_that_the_target_computed(model, ids, answer, monkeypatch):
+    """To the bit, and the target runs once a round."""
+    read: list[torch.Tensor] = []
+    computed: list[torch.Tensor] = []
+    feed = StateRollout._feed
+
+    def seen(rollout, rows):
+        if len(read) == len(computed) - 1:
+            read.append(rows)
+        return feed(rollout, rows)
+
+    monkeypatch.setattr(StateRollout, "_feed", seen)
+    target = TappedTarget(model, 128)
+    drafter = drafter_of("B1", model, target)
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: computed.append(inputs[0][0].clone())
+    )
+    out = generate(target, drafter, ids)
+    hook.remove()
+    assert out.tokens == answer and len(computed) == 1 + len(out.rounds)
+    committed = [1] + [r.emitted for r in out.rounds]
+    assert len(read) > 5
+    for rows, forward, count in zip(read, computed, committed, strict=False):
+        assert torch.equal(rows, forward[:count])
+
+
+@AHEAD
 def test_nothing_of_the_future_is_read(level, model, ids, answer, states):
     asked: list[int] = []
 
@@ -140,22 +244,24 @@ def test_nothing_of_the_future_is_read(level, model, ids, answer, states):
         asked.append(known)
         return states[:known]
 
-    drafter = drafter_of(level, model, TappedTarget(model, 128))
-    drafter._target = source
-    drafter.begin(Request(draft_inputs={"input_ids": ids}))
+    head = model.get_output_embeddings().weight
+    drafter = HiddenDrafter(adapter_of(level), GAMMA, head, target=source, hide_draft=True)
+    drafter.begin(Request())
     for known in (1, 4, 5):
         drafter.propose(answer[:known], GAMMA + 1)
     assert asked == ([] if level == "EAGLE" else [1, 4, 5])
 
 
-def test_chains_end_with_the_positions_an_adapter_tells_apart(model, ids):
-    target = TappedTarget(model, 128)
+def test_chains_end_with_the_positions_an_adapter_tells_apart(model):
+    head = model.get_output_embeddings().weight
     for level in ("B1", "EAGLE"):
-        drafter = drafter_of(level, model, target)
-        drafter._target = lambda known: torch.randn(known, WIDTH)
-        drafter.begin(Request(draft_inputs={"input_ids": ids}))
+        drafter = HiddenDrafter(adapter_of(level), GAMMA, head, hide_draft=True,
+                                target=lambda known: torch.randn(known, WIDTH))  # fmt: skip
+        drafter.begin(Request())
         lengths = [len(drafter.propose([7] * n, 4)) - 1 for n in (60, 63, 64, 65, 70)]
         assert lengths == [3, 2, 1, 0, 0]
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        drafter._rollout._layers(torch.zeros(65, WIDTH))
 
 
 def test_a_floor_ends_a_chain(model, ids):

@@ -264,4 +264,6 @@ def test_bad_arguments(x, w, options, message):
 @pytest.mark.parametrize("round_to", [None, torch.bfloat16])
 def test_opcheck(round_to, seed):
     x, w = operands(3, 6, 64, torch.float32)
-    torch.library.opcheck(torch.ops.xspec.lm_head_argmax, (x, w, int32([2]), round_to, [], "auto"))
+    torch.library.opcheck(
+        torch.ops.xspec.lm_head_argmax, (x, w, int32([2]), None, round_to, [], "auto")
+    )

@@ -12,10 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def publish():
+def module():
     spec = importlib.util.spec_from_file_location("publish", ROOT / "bench" / "publish.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def publish(module):
     return module.publish
 
 
@@ -40,3 +45,12 @@ def test_markers_must_be_there(publish, tmp_path: Path) -> None:
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="must hold the markers"):
         publish(readme, check=False)
+
+
+def test_the_plots_are_those_of_the_results(module, tmp_path: Path) -> None:
+    module.draw(module.IMAGES, check=True)
+    module.draw(tmp_path, check=False)
+    module.draw(tmp_path, check=True)
+    shutil.copy(tmp_path / "timeline.png", tmp_path / "speedups.png")
+    with pytest.raises(ValueError, match=r"speedups\.png is not what"):
+        module.draw(tmp_path, check=True)

@@ -39,7 +39,8 @@ def options(runs, **values) -> Options:
 
 def test_arms_answer_as_the_target_does(runs):
     pair = MiniPair(options(runs).settings())
-    assert pair.state_arms == ["constant", "l4", "l4_hidden", "b1"]
+    combined = ["l4_b1", "l4_b1_hidden", "tree_l4", "tree_l4_hidden"]
+    assert pair.state_arms == ["constant", "l4", "l4_hidden", "b1", *combined]
     tasks = pair.scene_tasks(1)
     workload = pair.workload(tasks)
     plain = workload.arms["target"]().run(tasks[0])

@@ -13,8 +13,8 @@ from xspec_runtime.drafters.base import Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.models import mini
 from xspec_runtime.packing import PackedLinear, can_pack, pack_linears
-from xspec_runtime.text_workload import text_workload
 from xspec_runtime.workloads import PLAIN, Settings
+from xspec_runtime.workloads.text import text_workload
 
 PROMPTS = Path(__file__).resolve().parent.parent / "bench" / "prompts" / "grounded.json"
 needs_packing = pytest.mark.skipif(not can_pack(), reason="torch without oneDNN's packed layers")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(ValueError, match="other states or options"):
         train_hidden("L4", states, head, SHORT, SIZES, state)
+    folds, tokens = [list(range(20)), list(range(20, 24))], states.tokens.clamp(max=0)
+    for other in ({"folds": folds}, {"tokens": tokens}):
+        with pytest.raises(ValueError, match="other states or options"):
+            train_hidden("L5", replace(states, **other), head, SHORT, SIZES, state)
+    with pytest.raises(ValueError, match="other states or options"):
+        train_hidden("L5", states, head.flip(0), SHORT, SIZES, state)
     state.write_bytes(b"no run")
     with pytest.raises(ValueError, match="damaged"):
         train_hidden("L5", states, head, SHORT, SIZES, state)
@@ -269,6 +277,16 @@ def test_runs_are_found_and_starred(tmp_path):
     assert find_run(tmp_path, "L1") == find_run(tmp_path, "L1", "starred") == tmp_path / "b/best"
     assert adapter_folder("latest", tmp_path, "L1") == tmp_path / "a" / "best"
     assert adapter_folder(str(tmp_path / "b"), tmp_path, "L1") == tmp_path / "b" / "best"
+    for own in (tmp_path / "b", tmp_path / "b/best"):
+        assert adapter_folder("", own, "") == adapter_folder("", own, "L1") == tmp_path / "b/best"
+    assert adapter_folder("latest", tmp_path, "") == tmp_path / "a/best"
+    with pytest.raises(ValueError, match="is of L1, expected L4"):
+        adapter_folder("", tmp_path / "b", "L4")
+    write_run(tmp_path / "c", adapter, history, record | {"level": "L2", "val_answers": 6,
+                                                          "split": "the last"})  # fmt: skip
+    with pytest.raises(ValueError, match="runs of L1, L2: --level"):
+        adapter_folder("", tmp_path, "")
+    shutil.rmtree(tmp_path / "c")
     star(tmp_path / "a")
     assert not (tmp_path / "b" / "starred").exists()
     with pytest.raises(FileNotFoundError, match="L2"):
@@ -303,6 +321,8 @@ def test_training_never_opens_the_test(tmp_path, opened, capsys):
     target = ["--target", tmp_path / "head.safetensors"]
     sizes = ["--num-heads", 2, "--ffn-dim", 16, "--num-epochs", 2, "--val-split", 0.25]
     options = ["--states", train, "--output-dir", tmp_path / "runs/l4", *target, *sizes]
+    assert run("train", "hidden", *options, "--level", "L9") == 2
+    assert "level must be one of L1, " in capsys.readouterr().err and not opened
     assert run("train", "hidden", *options) == 0
     assert opened == [train] and not (tmp_path / "runs/l4/state.pt").exists()
     record = json.loads((tmp_path / "runs/l4/results.json").read_text())

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xspec_runtime import video_workload
 from xspec_runtime.data.dsec_miniature import write_miniature
 from xspec_runtime.data.scene_video import write_scene
 from xspec_runtime.data.scenes import event_stream, make_sample, render
@@ -17,7 +16,8 @@ from xspec_runtime.inputs import read_video
 from xspec_runtime.models import mini
 from xspec_runtime.overlap import Stages, mean_stages
 from xspec_runtime.report import markdown_table, validate_results
-from xspec_runtime.video_workload import overlap_modes
+from xspec_runtime.workloads import video as video_workload
+from xspec_runtime.workloads.video import overlap_modes
 
 pytest.importorskip("av")
 ARMS = ["target", "hf_generate", "tree", "tree_window", "tree_off"]

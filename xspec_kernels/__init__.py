@@ -18,6 +18,14 @@ The forward pass, each row's bits independent of how many rows there are
     lm_head_argmax  hidden rows -> greedy tokens, near ties and NaNs flagged
     sample_tokens   logits -> tokens by temperature, top-k and top-p, given the uniforms
 
+Drafts from small networks
+    adapter_forward draft tokens or hidden states -> the target's tokens, by a `TokenNetwork` or a
+                    `StateNetwork`; made of
+    layer_linear    a product with LayerNorms and GELUs around it, residual and scale
+    row_attention   a few rows over each other, no cache
+    layer_norm      LayerNorm of what no product takes
+    adapter_tail    behind verify_tail: the adapter's drafts of the next round, on the device
+
 Beside them
     info, require_backend   what is installed, what runs where
     Workspace               scratch of one decoder on one stream
@@ -39,13 +47,27 @@ except ImportError as error:
 
 from xspec_kernels import nf4, nf4_prefill
 from xspec_kernels._dispatch import BACKENDS, MAX_NODES, exact, info, require_backend
+from xspec_kernels.kernels._layer_norm import LayerNorm
 from xspec_kernels.kernels._row_norm import RowNorm
+from xspec_kernels.kernels.adapter_forward import (
+    Bottleneck,
+    EncoderLayer,
+    Linear,
+    Network,
+    StateNetwork,
+    TokenNetwork,
+    adapter_forward,
+)
+from xspec_kernels.kernels.adapter_tail import AdapterFeed, adapter_tail, pick_drafts
 from xspec_kernels.kernels.embed import embed
 from xspec_kernels.kernels.kv_commit import kv_commit
+from xspec_kernels.kernels.layer_linear import layer_linear
+from xspec_kernels.kernels.layer_norm import layer_norm
 from xspec_kernels.kernels.lm_head_argmax import ArgmaxResult, lm_head_argmax
 from xspec_kernels.kernels.nf4_linear import nf4_linear
 from xspec_kernels.kernels.norm_act import norm_act
 from xspec_kernels.kernels.rope_append import rope_append, rope_table
+from xspec_kernels.kernels.row_attention import row_attention
 from xspec_kernels.kernels.sample_tokens import sample_tokens
 from xspec_kernels.kernels.skinny_linear import interleave_gate, skinny_linear
 from xspec_kernels.kernels.tree_attention import tree_attention
@@ -75,29 +97,43 @@ __all__ = [
     "MAX_NODES",
     "SEQUENCE",
     "TOKENS",
+    "AdapterFeed",
     "ArgmaxResult",
+    "Bottleneck",
+    "EncoderLayer",
+    "LayerNorm",
+    "Linear",
     "NF4Weight",
+    "Network",
     "RowNorm",
+    "StateNetwork",
     "TailRecord",
     "TailResult",
+    "TokenNetwork",
     "TreeMask",
     "VerifyResult",
     "Workspace",
+    "adapter_forward",
+    "adapter_tail",
     "embed",
     "exact",
     "info",
     "interleave_gate",
     "kv_commit",
+    "layer_linear",
+    "layer_norm",
     "lm_head_argmax",
     "nf4",
     "nf4_linear",
     "nf4_prefill",
     "norm_act",
+    "pick_drafts",
     "prefill_linear",
     "read_record",
     "require_backend",
     "rope_append",
     "rope_table",
+    "row_attention",
     "sample_tokens",
     "skinny_linear",
     "tree_attention",

@@ -29,6 +29,22 @@ from xspec_kernels.nf4_formats import (
     read_tensors,
 )
 
+__all__ = [
+    "NF4Weight",
+    "Nested",
+    "absmax",
+    "cat",
+    "codebook",
+    "dequantize",
+    "dequantize_rows",
+    "from_bitsandbytes",
+    "from_tensors",
+    "interleave",
+    "is_packed",
+    "pieces",
+    "quantize",
+]
+
 # Weights that are dequantized at a time: what then lies in memory stays near the caches.
 _PIECE = 1 << 20
 
@@ -74,6 +90,7 @@ class NF4Weight:
 
     @property
     def device(self) -> torch.device:
+        """Where the packed weights lie."""
         return self.packed.device
 
     @property

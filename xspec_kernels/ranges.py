@@ -26,6 +26,21 @@ import torch
 
 from xspec_kernels import _native
 
+__all__ = [
+    "DOMAIN",
+    "NAMES",
+    "Event",
+    "Events",
+    "Tool",
+    "TorchProfiler",
+    "attached",
+    "listening",
+    "mark",
+    "pop",
+    "push",
+    "range_",
+]
+
 try:
     import nvtx as _nvtx
 except ImportError:
@@ -65,9 +80,11 @@ _COLORS = {
 class Tool(Protocol):
     """Where ranges go. A tool may see a `pop` whose `push` came before it listened."""
 
-    def push(self, name: str, payload: int | None) -> None: ...
+    def push(self, name: str, payload: int | None) -> None:
+        """A range begins, inside those that are open; `name` is one of `NAMES`."""
 
-    def pop(self) -> None: ...
+    def pop(self) -> None:
+        """The range that began last ends."""
 
 
 class _Package:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .batch import BatchDecoder, BatchPrompt
     from .config import SpecConfig
+    from .drafters.adapter import AdapterDrafter
     from .drafters.base import Drafter, DraftTree, Request
     from .drafters.draft_model import ModelDrafter
     from .drafters.merge import MergedDrafter
     from .drafters.ngram import NgramDrafter, NgramMemory
+    from .drafters.translated import TranslatedDrafter
     from .engine import Generation, SpeculativeDecoder
+    from .policy import PricedDrafter
+    from .targets.base import Target
     from .targets.llama import LlamaTarget
     from .targets.transformers import TransformersTarget
 
@@ -23,6 +27,7 @@ _HOME = {
     "BatchDecoder": "batch",
     "BatchPrompt": "batch",
     "SpecConfig": "config",
+    "AdapterDrafter": "drafters.adapter",
     "Drafter": "drafters.base",
     "DraftTree": "drafters.base",
     "Request": "drafters.base",
@@ -30,13 +35,17 @@ _HOME = {
     "MergedDrafter": "drafters.merge",
     "NgramDrafter": "drafters.ngram",
     "NgramMemory": "drafters.ngram",
+    "TranslatedDrafter": "drafters.translated",
     "Generation": "engine",
     "SpeculativeDecoder": "engine",
+    "PricedDrafter": "policy",
+    "Target": "targets.base",
     "LlamaTarget": "targets.llama",
     "TransformersTarget": "targets.transformers",
 }
 
 __all__ = [
+    "AdapterDrafter",
     "BatchDecoder",
     "BatchPrompt",
     "DraftTree",
@@ -47,10 +56,13 @@ __all__ = [
     "ModelDrafter",
     "NgramDrafter",
     "NgramMemory",
+    "PricedDrafter",
     "Request",
     "SpecConfig",
     "SpeculativeDecoder",
+    "Target",
     "TransformersTarget",
+    "TranslatedDrafter",
 ]
 
 

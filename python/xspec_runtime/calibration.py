@@ -26,6 +26,8 @@ from .files import read_json, write_json
 from .targets.base import Target
 from .targets.heights import CONTEXT, verify_seconds
 
+__all__ = ["Calibration", "cache_folder", "calibrate", "drafting_costs", "riding_cost"]
+
 SCHEMA = "xspec.calibration/1"
 HEIGHTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows that are timed; linear between them
 REPEATS = 5
@@ -161,8 +163,9 @@ def _key(target: Target, heights: Sequence[int], prompt_rows: int) -> dict[str, 
     if model is None:
         shape = repr(target.decoder.weights.shape)
     else:
-        # Packed or quantized layers have classes of their own.
-        layers = Counter(type(module).__name__ for module in model.modules())
+        # Packed or quantized layers have classes of their own, or compute by an object that has.
+        workers = (getattr(module.forward, "__self__", module) for module in model.modules())
+        layers = Counter(type(worker).__name__ for worker in workers)
         # The folder it came from does not matter.
         config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
         shape = f"{json.dumps(config, sort_keys=True, default=str)} {sorted(layers.items())}"

@@ -92,13 +92,13 @@ def _group() -> None:
 @app.command(cls=Command)
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the recording.")],
-    events: Annotated[Path, typer.Option(help="Event stream (.npy, .npz).")],
+    events: Annotated[Path, typer.Option(help="Event stream of the recording (.npy, .npz).")],
     video: Annotated[
         Path | None, typer.Option(help="Video file; without one the events stand in as frames.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of a verify.")] = 16,
-    gamma: Annotated[int, typer.Option(help="Draft tokens of the event model.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    rows: Annotated[int, typer.Option(help="Rows of a verify: the root and its drafts.")] = 16,
+    gamma: Annotated[int, typer.Option(help="Tokens the event model drafts a round.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     overlap: Annotated[
         str,
         typer.Option(
@@ -107,13 +107,15 @@ def ask(
             "devices."
         ),
     ] = "",
-    target_device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
-    draft_device: Annotated[str, typer.Option(help="The event model's, if another.")] = "",
+    target_device: Annotated[
+        str, typer.Option(help="Where the target runs: cpu, cuda, cuda:0, ...")
+    ] = "cpu",
+    draft_device: Annotated[
+        str, typer.Option(help="Where the event model runs, if elsewhere.")
+    ] = "",
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Answer a question about an event recording and its video with the embedded pair, as it
-    decodes.
-    """
+    """Answer a question about a recording with the embedded pair; it streams."""
     devices = target_device, draft_device
     run_cli(
         lambda: _ask(question, events, video, rows, gamma, max_new_tokens, overlap, devices),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from .drafters.base import MAX_ROWS
 
@@ -65,7 +66,7 @@ class SpecConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     @classmethod
-    def chain(cls, gamma: int, **kwargs) -> SpecConfig:
+    def chain(cls, gamma: int, **kwargs: Any) -> SpecConfig:
         """A chain of `gamma` draft tokens a round."""
         if not 1 <= gamma < MAX_ROWS:
             raise ValueError(f"gamma must be in 1..{MAX_ROWS - 1}, got {gamma}")

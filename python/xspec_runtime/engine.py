@@ -74,6 +74,7 @@ class Generation:
 
     @property
     def total_ms(self) -> float:
+        """Milliseconds from the prefill's start to the last token."""
         return self.prefill_ms + self.decode_ms
 
     @property
@@ -277,10 +278,14 @@ def propose(
     # Rows that the forward pass has anyway had better hold drafts than be inert.
     rows = min(config.height(config.rows), room)
     seed = text.chain(answer, rows) if text else None
+    # Deeper drafts could not be emitted, and may lie beyond the model's positions.
+    depth = config.max_new_tokens - len(answer) - 1
     if drafter is None:
-        return seed or DraftTree.root(answer[-1])
+        return seed.within(depth) if seed else DraftTree.root(answer[-1])
     with ranges.range_("draft.propose", rows):
         if seed and isinstance(drafter, PricingDrafter):
-            return drafter.propose(answer, rows, seed)
-        tree = drafter.propose(answer, rows)
-    return merge([tree, seed], rows) if seed else tree
+            tree = drafter.propose(answer, rows, seed)
+        else:
+            tree = drafter.propose(answer, rows)
+            tree = merge([tree, seed], rows) if seed else tree
+    return tree.within(depth)

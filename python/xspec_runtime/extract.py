@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .data.captions import QUESTIONS
 from .data.dsec import Clip, Dataset
+from .errors import out_of_memory
 from .files import check_output, replace_file, write_json
 from .journal import Journal
 from .models.mini import decode_answer
@@ -138,6 +139,9 @@ def _answer(
             if states:
                 found[name] = torch.cat(seen)[: len(tokens)].half().cpu().contiguous()
     except (ValueError, OSError, RuntimeError) as error:
+        # The next answer would not fit either.
+        if out_of_memory(error):
+            raise
         return {"key": key, "error": " ".join(str(error).split())}, {}
     return row, found
 

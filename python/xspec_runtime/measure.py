@@ -11,7 +11,13 @@ from statistics import mean, median
 
 from .arms import Arm, Outcome, Task
 from .environment import environment
-from .metrics import accept_histogram, acceptance_rate, gain, tokens_per_verify
+from .metrics import (
+    accept_histogram,
+    acceptance_rate,
+    gain,
+    speedup_of_totals,
+    tokens_per_verify,
+)
 from .overlap import mean_stages
 from .prefill import count_mismatches
 from .workloads import PLAIN, Workload
@@ -23,12 +29,18 @@ BREAKEVEN = 0.02
 
 @dataclass(slots=True)
 class Sample:
-    """One arm on one task."""
+    """One arm on one task.
+
+    Attributes:
+        identical: its tokens are those of plain decoding.
+        lossless: they have to be.
+    """
 
     arm: str
     task: str
     outcome: Outcome
     identical: bool
+    lossless: bool = True
 
 
 def check_arms(workload: Workload, names: Sequence[str]) -> None:
@@ -66,7 +78,10 @@ def run_interleaved(
             shift = i % len(arms)
             done = [_run(arm, task, i, trace) for arm in arms[shift:] + arms[:shift]]
             truth = next(o.tokens for a, o in done if a.name == PLAIN)
-            samples += [Sample(a.name, task.name, o, o.tokens == truth) for a, o in done]
+            samples += [
+                Sample(a.name, task.name, o, o.tokens == truth, getattr(a, "lossless", True))
+                for a, o in done
+            ]
             for _ in arms:
                 progress()
     except KeyboardInterrupt:
@@ -152,26 +167,27 @@ def summarize(
 def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float) -> dict:
     outcomes = [s.outcome for s in samples]
     rounds = [r for o in outcomes for r in o.rounds]
-    total, reference = sum(o.total_ms for o in outcomes), sum(o.total_ms for o in plain)
+    totals, reference = [o.total_ms for o in outcomes], [o.total_ms for o in plain]
     have_prefill = all(o.prefill_ms is not None for o in outcomes)
     decode = [_decode_ms(o) for o in outcomes] if have_prefill else None
     plain_decode = sum(map(_decode_ms, plain))
-    ratios = [p.total_ms / o.total_ms for p, o in zip(plain, outcomes, strict=True)]
-    per_verify = _tokens_per_verify(outcomes)
+    ratios = [p / t for p, t in zip(reference, totals, strict=True)]
+    lossless = all(s.lossless for s in samples)
+    per_verify = _tokens_per_verify(outcomes) if lossless else None
     drafted = sum(r.rows - 1 for r in rounds)
     verify_ms = mean(r.verify_ms for r in rounds) if rounds else None
     return {
         "name": name,
         "prefill_ms": median(o.prefill_ms for o in outcomes) if have_prefill else None,
         "decode_ms": median(decode) if decode else None,
-        "total_ms": median(o.total_ms for o in outcomes),
+        "total_ms": median(totals),
         "ttft_ms": median(o.ttft_ms for o in outcomes),
         "acceptance_rate": acceptance_rate(sum(r.accepted for r in rounds), drafted),
         "tokens_per_verify": per_verify,
         "gain": gain(per_verify, verify_ms, step_ms) if rounds else None,
-        "speedup_total": reference / total,
+        "speedup_total": speedup_of_totals(reference, totals),
         "speedup_decode": plain_decode / sum(decode) if decode else None,
-        "identical": sum(s.identical for s in samples),
+        "identical": sum(s.identical for s in samples) if lossless else None,
         "samples": len(samples),
         "slower": sum(r < 1 for r in ratios),
         "tokens": mean(len(o.tokens) for o in outcomes),
@@ -186,6 +202,23 @@ def _arm(name: str, samples: list[Sample], plain: list[Outcome], step_ms: float)
         "ledger": _ledger(outcomes, step_ms) if drafted else None,
         "timeline": _timeline(outcomes[0]) if rounds else None,
         **_from_file(outcomes),
+        **({} if lossless else {"agreement": _agreement(outcomes, plain)}),
+    }
+
+
+def _agreement(outcomes: list[Outcome], plain: list[Outcome]) -> dict[str, float]:
+    """How near answers that promise nothing come to the target's."""
+    pairs = [(p.tokens, o.tokens) for p, o in zip(plain, outcomes, strict=True)]
+    found = count_mismatches(pairs)
+    longest = sum(max(map(len, pair)) for pair in pairs)
+    return {
+        "equal_answers": found.answers - found.different_answers,
+        "answers": found.answers,
+        "equal_tokens": 1 - found.different_tokens / longest,
+        "prefix": mean(
+            next((i for i, (a, b) in enumerate(zip(*p, strict=False)) if a != b), min(map(len, p)))
+            for p in pairs
+        ),
     }
 
 
@@ -194,10 +227,10 @@ def _decode_ms(outcome: Outcome) -> float:
 
 
 def _from_file(outcomes: list[Outcome]) -> dict[str, object]:
-    """What only arms have that make their inputs from a file."""
-    if any(o.prepare_ms is None for o in outcomes):
-        return {}
-    found: dict[str, object] = {"prepare_ms": median(o.prepare_ms for o in outcomes)}
+    """What only arms have that make their inputs from a file, or whose draft runs ahead."""
+    found: dict[str, object] = {}
+    if all(o.prepare_ms is not None for o in outcomes):
+        found["prepare_ms"] = median(o.prepare_ms for o in outcomes)
     stages = [o.stages for o in outcomes]
     if all(stages):
         found["stages"] = mean_stages(stages)
@@ -258,7 +291,7 @@ def _timeline(outcome: Outcome) -> list[dict]:
     """Phases of one sample, back to back as they ran; the draft's text lies `beside` them."""
     if outcome.stages:
         out = outcome.stages.spans()
-        clock = outcome.prepare_ms
+        clock = outcome.prepare_ms or 0.0
     else:
         out, clock = [], outcome.prepare_ms or 0.0
         if clock:

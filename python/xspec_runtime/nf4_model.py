@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from xspec_kernels import MAX_NODES, NF4Weight, exact, nf4, nf4_linear, prefill_linear
 
+__all__ = ["NF4Linear", "quantize_model", "replace_linear4bit"]
+
 
 class NF4Linear(nn.Module):
     """y = x W^T + bias with W in NF4.

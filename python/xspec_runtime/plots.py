@@ -49,6 +49,11 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
     ):
         if draw(results, folder / name):
             drawn.append(folder / name)
+    if results.get("temperatures"):
+        from .temperature import draw_temperatures
+
+        if draw_temperatures(results, folder / "temperature.png"):
+            drawn.append(folder / "temperature.png")
     return drawn
 
 

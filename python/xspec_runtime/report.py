@@ -78,6 +78,8 @@ def _cells(arm: Mapping[str, Any], columns: Sequence[_Column] = _COLUMNS) -> lis
     for key in ("identical", "slower"):
         if arm[key] is not None and arm["samples"] is not None:
             cells[key] += f"/{arm['samples']}"
+    if arm.get("agreement"):
+        cells["identical"] = "no claim"
     return [arm["name"], *cells.values()]
 
 
@@ -160,6 +162,10 @@ def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
     arms = results["arms"]
     if split := [arm for arm in arms if arm["round_split_ms"]]:
         parts += ["## A round, in milliseconds", _split_table(split)]
+    if rows := results.get("temperatures"):
+        parts += ["## Temperature", _TEMPERATURE_NOTE, temperature_table(rows)]
+    if lines := agreement_lines(results):
+        parts += ["## Not lossless", "\n\n".join(lines)]
     if overlapped := [arm for arm in arms if arm.get("stages")]:
         parts += ["## Beside the video", _STAGES_NOTE, _stages_table(overlapped)]
     if ledgers := [arm for arm in arms if arm["ledger"]]:
@@ -171,12 +177,31 @@ def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def agreement_lines(results: Results) -> list[str]:
+    """A line for each arm that does not promise the target's answers."""
+    lines = []
+    for arm in results["arms"]:
+        if found := arm.get("agreement"):
+            lines.append(
+                f"{arm['name']} is not lossless: {_count(found['equal_answers'])} of "
+                f"{_count(found['answers'])} answers are the target's, "
+                f"{_percent(found['equal_tokens'])} of the tokens at their places, "
+                f"{_two(found['prefix'])} tokens before the first other one"
+            )
+    return lines
+
+
 _STAGES = (
     *("video_ms", "draft_ms", "window_used_ms", "hidden_tokens", "drafted_tokens", "ttft_ms"),
 )
 _STAGES_NOTE = (
     "The draft's own text, means over samples: what of it ran while the video was prepared or the "
     "target's prefill did. The arm without a mode in its name has no draft text before that."
+)
+_TEMPERATURE_NOTE = (
+    "Every arm samples with the same seed, so its tokens are to be those of `target` at that "
+    "temperature; `as at first` counts answers that are those of the first temperature. The tables "
+    "above are of that one."
 )
 _LEDGER_NOTE = (
     "tokens saved x step - verify overhead - drafting = net: what one sample gains, in ms."
@@ -201,6 +226,24 @@ def _setting(results: Results) -> str:
         share = f"{_count(seen['captions'])} ({_percent(seen['share'])})"
         lines.append(f"Answers found verbatim in the training captions: {share}.")
     return "\n\n".join(lines)
+
+
+def temperature_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Arms by temperature in Markdown."""
+    shown = [
+        [
+            row["arm"],
+            f"{row['temperature']:g}",
+            _percent(row["acceptance_rate"]),
+            _two(row["tokens_per_verify"]),
+            _times(row["speedup_total"]),
+            f"{_count(row['identical'])}/{_count(row['samples'])}",
+            f"{_count(row['as_first'])}/{_count(row['samples'])}",
+        ]
+        for row in sorted(rows, key=lambda row: row["arm"])
+    ]
+    titles = ["temperature", "acceptance", "tokens/verify", "speedup", "identical", "as at first"]
+    return _table(["arm", *titles], shown)
 
 
 def _split_table(arms: Iterable[Mapping[str, Any]]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+__all__ = ["UNMAPPED", "Comparison", "compare", "load_tokenizer", "render", "same_ids", "translate"]
+
 UNMAPPED = -1
 _ROLES = ("bos", "eos", "pad", "unk")
 _SHOWN = 12

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from xspec_kernels._dispatch import choose, register
+from xspec_kernels._dispatch import check_tensor, choose, register
 from xspec_kernels._triton import jit, launch, tl, triton
 from xspec_kernels.kernels._product import (
     check_product,
@@ -52,25 +52,29 @@ class ArgmaxResult(NamedTuple):
     best: torch.Tensor
 
 
-def _logits(x: torch.Tensor, w: torch.Tensor, round_to: torch.dtype) -> torch.Tensor:
+def _logits(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, round_to: torch.dtype
+) -> torch.Tensor:
     """[M, N] in `round_to`; a product in x's dtype would already be rounded to that."""
     if round_to == x.dtype:
-        return linear_rows(x, w)
-    step = 8192
-    tiles = [linear_rows(x.float(), part.float()).to(round_to) for part in w.split(step)]
-    return torch.cat(tiles, 1)
+        return linear_rows(x, w, bias)
+    step, wide = 8192, x.float()
+    parts = zip(w.split(step), [None] * len(w) if bias is None else bias.split(step), strict=False)
+    tiles = [linear_rows(wide, part.float(), None if b is None else b.float()) for part, b in parts]
+    return torch.cat([tile.to(round_to) for tile in tiles], 1)
 
 
 def lm_head_argmax_ref(
     x: torch.Tensor,
     w: torch.Tensor,
     num_rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
     round_to: torch.dtype | None,
     scratch: list[torch.Tensor],
 ) -> ArgmaxResult:
     """The definition; computes every row."""
     compared = round_to or torch.float32
-    logits = _logits(x, w, compared)
+    logits = _logits(x, w, bias, compared)
     invalid = logits.isnan().any(1)
     best, ids = logits.max(1)
     logits.scatter_(1, ids[:, None], -torch.inf)
@@ -83,11 +87,12 @@ def lm_head_argmax_ref(
     )
 
 
-@jit(do_not_specialize=["M", "bounded"], do_not_specialize_on_alignment=["num_rows"])
+@jit(do_not_specialize=["M", "bounded"], do_not_specialize_on_alignment=["num_rows", "bias"])
 def _lm_head_tiles_kernel(
     x,  # [M, K]
     w,  # [N, K] pointer, or its descriptor of [BN, BK] blocks
     weights,  # [N, K] pointer, or None: no early launch
+    bias,  # [N] or None
     tile_best,  # [M, TILES] fp32
     tile_second,  # [M, TILES] fp32
     tile_index,  # [M, TILES] int32
@@ -126,6 +131,8 @@ def _lm_head_tiles_kernel(
         total = sum_partials(partial, semaphore, rows, tile, block, TILES, BM, BN, SPLIT_K)
 
     n = tile * BN + tl.arange(0, BN)[None, :]
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     logits = narrow(total, ROUND_TO, INTERPRETED).to(tl.float32)
     # An infinite x times the zeros past the vocabulary is NaN: only real columns are asked.
     invalid = tl.max(((logits != logits) & (n < N)).to(tl.int32), 1) > 0
@@ -212,19 +219,23 @@ def _triton(
     x: torch.Tensor,
     w: torch.Tensor,
     num_rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
     round_to: torch.dtype | None,
     scratch: list[torch.Tensor],
 ) -> ArgmaxResult:
-    out = _fake(x, w, num_rows, round_to, scratch)
+    out = _fake(x, w, num_rows, bias, round_to, scratch)
     compared = round_to or torch.float32
     tile = tile_of(*w.shape, w.dtype, card_of(x.device))
     partial, semaphore, *parts = scratch or _scratch(Workspace(x.device), x, w)
     limit = semaphore if num_rows is None else num_rows
     weights, rows, constants = product_arguments("lm_head_argmax", x, w, num_rows, tile)
     tiles = -(-w.shape[0] // tile.block_n)
+    if bias is not None:
+        # Beside the two largest, the bias takes registers that four warps have not left.
+        constants["num_warps"] = max(8, tile.num_warps)
     launch(
         _lm_head_tiles_kernel, (tiles, tile.split_k, -(-x.shape[0] // BLOCK_M)), x.device,
-        x, *weights, *parts, partial if tile.split_k > 1 else None, semaphore, limit, *rows,
+        x, *weights, bias, *parts, partial if tile.split_k > 1 else None, semaphore, limit, *rows,
         ROUND_TO=getattr(tl, str(compared).removeprefix("torch.")), **constants,
     )  # fmt: skip
     early = weights[1] is not None
@@ -240,19 +251,24 @@ def _check(
     x: torch.Tensor,
     w: torch.Tensor,
     num_rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
     round_to: torch.dtype | None,
     scratch: list[torch.Tensor],
 ) -> torch.device:
     if round_to not in (None, *DTYPES):
         expected = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"lm_head_argmax: round_to is {round_to}, expected None, {expected}")
-    return check_product("lm_head_argmax", x, w, num_rows)
+    device = check_product("lm_head_argmax", x, w, num_rows)
+    if bias is not None:
+        check_tensor("lm_head_argmax", "bias", bias, w.shape[:1], (x.dtype,), device)
+    return device
 
 
 def _fake(
     x: torch.Tensor,
     w: torch.Tensor,
     num_rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
     round_to: torch.dtype | None,
     scratch: list[torch.Tensor],
 ) -> ArgmaxResult:
@@ -266,8 +282,8 @@ def _fake(
 
 _OP = register(
     "lm_head_argmax",
-    "(Tensor x, Tensor w, Tensor? num_rows, ScalarType? round_to, Tensor(a!)[] scratch,"
-    " str backend) -> (Tensor ids, Tensor flags, Tensor best)",
+    "(Tensor x, Tensor w, Tensor? num_rows, Tensor? bias, ScalarType? round_to,"
+    " Tensor(a!)[] scratch, str backend) -> (Tensor ids, Tensor flags, Tensor best)",
     check=_check,
     fake=_fake,
     torch=lm_head_argmax_ref,
@@ -280,17 +296,19 @@ def lm_head_argmax(
     w: torch.Tensor,
     num_rows: torch.Tensor | None = None,
     *,
+    bias: torch.Tensor | None = None,
     round_to: torch.dtype | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> ArgmaxResult:
-    """The index of the largest entry of each row of x W^T.
+    """The index of the largest entry of each row of x W^T + bias.
 
     Args:
         x: [M, K] float32, float16 or bfloat16, K a multiple of 64.
         w: [N, K], dtype of x, any N.
         num_rows: [1] int32 on the device, rows of x that count; None means all M. Results of the
             other rows are unspecified.
+        bias: [N], dtype of x.
         round_to: float32, float16 or bfloat16: logits are rounded to it before they are compared;
             None means float32. With a half-precision x, `torch` is slow unless it is x's dtype.
         workspace: scratch of this decoder and stream; None allocates for this call.
@@ -302,6 +320,6 @@ def lm_head_argmax(
     """
     scratch: list[torch.Tensor] = []
     if workspace is not None and choose("lm_head_argmax", backend, x.device.type) == "triton":
-        _check(x, w, num_rows, round_to, scratch)
+        _check(x, w, num_rows, bias, round_to, scratch)
         scratch = _scratch(workspace, x, w)
-    return ArgmaxResult(*_OP(x, w, num_rows, round_to, scratch, backend))
+    return ArgmaxResult(*_OP(x, w, num_rows, bias, round_to, scratch, backend))

@@ -88,6 +88,8 @@ def _untrained(path: Path, vocab_size: int | None) -> torch.nn.Module:
         )
     config_class, network = KINDS[kind]
     names = {field.name for field in fields(config_class)}
+    # A flag that a file does not know is off.
+    values = {f.name: False for f in fields(config_class) if f.default is False} | values
     if set(values) != names:
         raise ValueError(
             f"{path}: expected exactly the values {sorted(names)}, these differ: "

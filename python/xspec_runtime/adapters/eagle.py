@@ -90,3 +90,18 @@ class EagleFusion(nn.Module):
         x = self.join(torch.cat([self.embed(tokens), draft.to(self.embed.weight.dtype)], -1))
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         return self.layers(x + self.position.weight[:length], mask=future, is_causal=True)
+
+    def beside(self, draft: torch.Tensor) -> torch.Tensor:
+        """The share of draft states ``[S, draft_width]`` in what the layers read, once for all
+        steps.
+        """
+        share = self.join.weight[:, self.config.token_width :]
+        return nn.functional.linear(draft, share, self.join.bias)
+
+    def enter(self, tokens: torch.Tensor, beside: torch.Tensor, start: int) -> torch.Tensor:
+        """What the layers read ``[S, width]`` of ids ``[S]``, positions `start` and on, and of what
+        `beside` gave for these.
+        """
+        share = self.join.weight[:, : self.config.token_width]
+        x = torch.addmm(beside, self.embed(tokens), share.T)
+        return x + self.position.weight[start : start + len(tokens)]

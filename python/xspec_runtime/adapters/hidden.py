@@ -226,6 +226,10 @@ class _Attention(nn.Module):
         """`into` moved by alpha towards what the blocks make of `x`."""
         for block in self.blocks:
             x = block(x, hidden, future)
+        return self.leave(x, into)
+
+    def leave(self, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        """`into` moved by alpha towards what the blocks made, `x`."""
         return into + self.alpha * (self.out(self.norm(x)) - into)
 
 
@@ -239,12 +243,16 @@ class _Causal(_Attention):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return self.placed(self.first(h), h)
+        return self.placed(h, h)
 
-    def placed(self, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        length = x.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        return self.mix(x + self.position.weight[:length], into, None, future)
+    def enter(self, h: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """What the blocks read of ``[..., S, width]``, positions `start` and on."""
+        return self.first(h) + self.position.weight[start : start + h.shape[-2]]
+
+    def placed(self, h: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        length = h.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1)
+        return self.mix(self.enter(h), into, None, future)
 
 
 class _Fused(_Causal):
@@ -261,7 +269,24 @@ class _Fused(_Causal):
         both = torch.cat([draft, target], -1)
         gate = self.gate(both).sigmoid()
         fused = gate * draft + (1 - gate) * target + self.join(both)
-        return self.placed(self.first(fused), target)
+        return self.placed(fused, target)
+
+    def beside(self, draft: torch.Tensor) -> torch.Tensor:
+        """The draft states ``[S, width]`` and their share of the gate and of the joined state,
+        ``[S, 3 * width]``: what `fuse` needs of them, once for all steps.
+        """
+        width = draft.shape[-1]
+        maps = ((self.gate.weight[:, :width], self.gate.bias),
+                (self.join.weight[:, :width], self.join.bias))  # fmt: skip
+        return torch.cat([draft, *(nn.functional.linear(draft, *each) for each in maps)], -1)
+
+    def fuse(self, beside: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Gated states ``[S, width]`` of target states and what `beside` gave for their places."""
+        width = target.shape[-1]
+        draft, gate, joined = beside.split(width, -1)
+        gate = torch.addmm(gate, target, self.gate.weight[:, width:].T).sigmoid()
+        joined = torch.addmm(joined, target, self.join.weight[:, width:].T)
+        return torch.lerp(target, draft, gate) + joined
 
 
 _BODIES = {

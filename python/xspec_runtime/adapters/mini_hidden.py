@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from ..data.pairs import Pair
 from ..drafters.base import Drafter
-from ..drafters.hidden import DraftStates, HiddenDrafter
+from ..drafters.hidden import DraftSource, DraftStates, HiddenDrafter
+from ..drafters.two_phase import SharedStates, TwoPhaseDrafter
 from ..models import mini
 from ..replay.arms import SOURCES, Training, Variant
 from ..targets.tapped import TappedTarget
-from .alignment import STATE_LEVELS
+from .alignment import AHEAD, STATE_LEVELS
 from .checkpoint import load_adapter
-from .hidden import HiddenAdapter
 from .mini_pair import HIDDEN
 from .mini_states import DRAFT
 from .runs import find_run, levels, run_record
@@ -23,6 +23,10 @@ from .runs import find_run, levels, run_record
 CONSTANT = "constant"
 # B1 reads no draft, so there is nothing to hide from it.
 WITHOUT_DRAFT = ("B1",)
+# A head merged with the memory of past answers; the prefix of its arm's name.
+TREE = "tree_"
+# Beside the levels themselves, where all that they name was trained.
+COMBINED = ("L4+B1", "L4+L5F", "L4+EAGLE", "TREE+L4", "TREE+EAGLE")
 
 
 def state_arms(folder: Path | None, chosen: str = "") -> list[str]:
@@ -30,32 +34,44 @@ def state_arms(folder: Path | None, chosen: str = "") -> list[str]:
     draft hidden, and a constant string beside them.
 
     Args:
-        chosen: levels, separated by commas; all that were trained where empty.
+        chosen: levels, separated by commas; all that were trained, and `COMBINED`, where empty.
+            ``L4+B1``: two phases, arm `l4_b1`. ``TREE+L4``: merged with memory, arm `tree_l4`.
 
     Raises:
         FileNotFoundError: a level has no run, or there is none at all.
-        ValueError: a level does not exist.
+        ValueError: a level does not exist, or levels do not combine.
     """
     if folder is None:
         if chosen:
             raise ValueError("--adapter-level needs --adapters, the folder of trained adapters")
         return []
     names = [name.strip() for name in chosen.split(",") if name.strip()]
-    if unknown := set(names) - set(STATE_LEVELS):
-        raise ValueError(
-            f"--adapter-level must be of {', '.join(STATE_LEVELS)}, got {sorted(unknown)[0]!r}"
-        )
     trained = levels(folder)
-    names = names or [level for level in STATE_LEVELS if level in trained]
+    if not names:
+        names = [name for name in (*STATE_LEVELS, *COMBINED) if set(_levels(name)) <= set(trained)]
     if not names:
         raise FileNotFoundError(f"{folder} holds no run of `xspec train hidden`")
     arms = [CONSTANT]
-    for level in names:
-        find_run(folder, level)
-        arms.append(level.lower())
-        if level not in WITHOUT_DRAFT:
-            arms.append(level.lower() + HIDDEN)
+    for name in names:
+        read = _levels(name)
+        for level in read:
+            find_run(folder, level)
+        arms.append(name.lower().replace("+", "_"))
+        if set(read) - set(WITHOUT_DRAFT):
+            arms.append(arms[-1] + HIDDEN)
     return arms
+
+
+def _levels(name: str) -> list[str]:
+    """The levels of ``L4``, ``L4+B1`` or ``TREE+L4``."""
+    parts = name.removeprefix("TREE+").split("+")
+    ahead = [part in AHEAD for part in parts]
+    if set(parts) - set(STATE_LEVELS) or (len(parts) > 1 and ahead != [False, True]):
+        raise ValueError(
+            f"--adapter-level must be of {', '.join(STATE_LEVELS)}, one of L1 to L5 + one of "
+            f"{', '.join(AHEAD)}, or TREE+ any of these; got {name!r}"
+        )
+    return parts
 
 
 def state_drafter(
@@ -66,7 +82,7 @@ def state_drafter(
     draft: Callable[[str], PreTrainedModel],
     target: TappedTarget,
 ) -> Drafter:
-    """A fresh drafter of one of `state_arms`.
+    """A fresh drafter of one of `state_arms`, without the memory that a `TREE` is merged with.
 
     Args:
         which: the run, see `find_run`.
@@ -77,12 +93,37 @@ def state_drafter(
         ValueError, RuntimeError, FileNotFoundError: there is no such adapter, or it does not fit.
     """
     hidden = arm.endswith(HIDDEN)
-    at = find_run(folder, arm.removesuffix(HIDDEN).upper(), which)
+    named = arm.removesuffix(HIDDEN).removeprefix(TREE).upper().split("_")
+    sources: dict[str, DraftSource] = {}
+
+    def source(model: str) -> DraftSource:
+        if model not in sources:
+            states = DraftStates(draft(model), (mini.EOS,), mini.MAX_NEW_TOKENS)
+            sources[model] = states if len(named) == 1 else SharedStates(states)
+        return sources[model]
+
+    parts = [_phase(level, arm, gamma, folder, which, hidden, source, target) for level in named]
+    if len(parts) == 1:
+        return parts[0]
+    return TwoPhaseDrafter(*parts, tuple(sources.values()), arm)
+
+
+def _phase(
+    level: str,
+    arm: str,
+    gamma: int,
+    folder: Path,
+    which: str,
+    hidden: bool,
+    source: Callable[[str], DraftSource],
+    target: TappedTarget,
+) -> HiddenDrafter:
+    """The drafter of one level; `source` is of the draft that its run was trained on."""
+    at = find_run(folder, level, which)
     adapter = load_adapter(at, mini.VOCAB)
     states = None
-    if not hidden and not (isinstance(adapter, HiddenAdapter) and adapter.config.level == "B1"):
-        model = draft(run_record(at).get("draft") or DRAFT)
-        states = DraftStates(model, (mini.EOS,), mini.MAX_NEW_TOKENS)
+    if not hidden and level not in WITHOUT_DRAFT:
+        states = source(run_record(at).get("draft") or DRAFT)
     head = target.model.get_output_embeddings().weight
     return HiddenDrafter(adapter, gamma, head, states, target.states, hidden, name=arm)
 

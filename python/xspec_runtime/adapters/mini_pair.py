@@ -127,10 +127,11 @@ def evaluate(
     drafters["memory chain"] = NgramDrafter(memory, online=False, chain=True)
     for arm in ARMS:
         drafters[arm] = adapter_drafter(arm, gamma, directory=directory)
-    return {name: _figures(drafter, pairs, gamma) for name, drafter in drafters.items()}
+    return {name: replay_figures(drafter, pairs, gamma) for name, drafter in drafters.items()}
 
 
-def _figures(drafter: Drafter, pairs: Sequence[Pair], gamma: int) -> dict[str, float | None]:
+def replay_figures(drafter: Drafter, pairs: Sequence[Pair], gamma: int) -> dict[str, float | None]:
+    """`tokens_per_verify` and `acceptance_rate` of the rounds of greedy decoding, replayed."""
     rounds = []
     for pair in pairs:
         request = Request(draft_inputs={RECORDED_DRAFT: pair.draft})

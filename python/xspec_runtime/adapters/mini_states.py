@@ -26,11 +26,7 @@ def write_scene_states(folder: Path, count: int, first: int = FIRST_SEED) -> Non
     Raises:
         ValueError: no scenes, or some that are for tests.
     """
-    if count < 1 or first < 0 or first + count > mini.TEST_SEED:
-        raise ValueError(
-            f"scenes for training have seeds from 0 to {mini.TEST_SEED - 1}, got {count} from "
-            f"{first} on"
-        )
+    check_seeds(count, first)
     tokenizer = mini.load_tokenizer()
     draft, target = mini.load(DRAFT), mini.load("target")
     store, keys = StateFolder(folder), []
@@ -53,6 +49,15 @@ def write_scene_states(folder: Path, count: int, first: int = FIRST_SEED) -> Non
             store.add(keys[-1], {"draft": of_draft, "target": of_target})
     config = {"draft": DRAFT, "target": "target", "scenes": count, "first_seed": first}
     store.pack(keys, BATCH, config)
+
+
+def check_seeds(count: int, first: int) -> None:
+    """Raises `ValueError` unless there are scenes and none of them is for tests."""
+    if count < 1 or first < 0 or first + count > mini.TEST_SEED:
+        raise ValueError(
+            f"scenes for training have seeds from 0 to {mini.TEST_SEED - 1}, got {count} from "
+            f"{first} on"
+        )
 
 
 @torch.inference_mode()

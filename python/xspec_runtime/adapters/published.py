@@ -81,6 +81,7 @@ def _token_adapter(path: Path, state: dict[str, torch.Tensor]) -> TokenAdapter:
             layers=len(inner),
             intermediate=state[inner[0]].shape[0],
             positions=positions,
+            token_bias="token_bias" in state,
         )
     )
 
@@ -89,6 +90,9 @@ def _filled(
     path: Path, adapter: HiddenAdapter | TokenAdapter, state: dict[str, torch.Tensor]
 ) -> HiddenAdapter | TokenAdapter:
     own = adapter.state_dict()
+    # As long as the head's bias: of these two the name tells.
+    state = dict(sorted(state.items(), key=lambda item: item[0] == "token_bias"))
+    own = dict(sorted(own.items(), key=lambda item: item[0] == "token_bias"))
     wanted, found = ([tuple(v.shape) for v in s.values()] for s in (own, state))
     if sorted(wanted) != sorted(found):
         raise ValueError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import existing_file, read_json, write_json, write_text
 from ..plots import OTHERS, OURS, new_figure, save_figure
 from .checkpoint import save_adapter
-from .score_states import StateAdapter
 
 SCHEMA = "xspec.adapter_run/1"
 STAR = "starred"
@@ -18,7 +17,9 @@ _TABLE = (
     ("train_loss", "train loss", "{:.4f}"),
     ("val_loss", "val loss", "{:.4f}"),
     ("token_match", "tokens right", "{:.1%}"),
+    ("top_5", "among five", "{:.1%}"),
     ("consecutive_tokens", "right in a row", "{:.2f}"),
+    ("token_match_hidden", "right, draft hidden", "{:.1%}"),
     ("cos_sim", "cosine", "{:.3f}"),
     ("accept_90", "cosine > 0.9", "{:.1%}"),
 )
@@ -26,27 +27,31 @@ _TABLE = (
 
 def write_run(
     folder: Path,
-    adapter: StateAdapter,
+    adapter: Any,
     history: Sequence[Mapping[str, Any]],
     record: Mapping[str, Any],
+    save: Callable[[Any, Path], object] = save_adapter,
 ) -> dict[str, Any]:
-    """Write the adapter (`BEST`), results.json, RESULTS.md and two plots; returns the results.
+    """Write what was trained (`BEST`), results.json, RESULTS.md and two plots; returns the results.
 
     Args:
-        record: the command, the level and whatever else describes the run.
+        record: the command, the level and whatever else describes the run; ``parameters`` unless
+            all of `adapter` were trained.
+        save: writes `adapter` to a folder.
     """
     best = min(history, key=lambda row: row["val_loss"])
-    parameters = sum(p.numel() for p in adapter.parameters())
     results = {
-        "schema": SCHEMA, **record, "parameters": parameters, "best_epoch": best["epoch"],
-        "best": dict(best), "history": [dict(row) for row in history],
+        "schema": SCHEMA, "parameters": sum(p.numel() for p in adapter.parameters()), **record,
+        "best_epoch": best["epoch"], "best": dict(best), "history": [dict(row) for row in history],
     }  # fmt: skip
-    save_adapter(adapter, folder / BEST)
+    save(adapter, folder / BEST)
     write_json(folder / "results.json", results)
     _curves(history, folder / "loss.png", {"train_loss": "training", "val_loss": "validation"},
             "loss")  # fmt: skip
-    _curves(history, folder / "acceptance.png",
-            {"token_match": "tokens right", "accept_90": "cosine above 0.9"},
+    other = {"accept_90": "cosine above 0.9"}
+    if "accept_90" not in best:
+        other = {"token_match_hidden": "tokens right, draft hidden"}
+    _curves(history, folder / "acceptance.png", {"token_match": "tokens right", **other},
             "share of validation positions")  # fmt: skip
     write_text(folder / "RESULTS.md", _markdown(results))
     return results
@@ -64,7 +69,7 @@ def find_run(folder: Path, level: str, which: str = "") -> Path:
         ValueError: `which` is none of these.
     """
     if which not in ("", "latest", STAR):
-        raise ValueError(f"an adapter is latest, starred or a folder, got {which!r}")
+        raise ValueError(f"a run is latest or starred, got {which!r}")
     found = [
         (values.get("finished", ""), path.parent)
         for path in sorted(folder.glob("*/results.json"))
@@ -80,11 +85,26 @@ def find_run(folder: Path, level: str, which: str = "") -> Path:
 def adapter_folder(named: str, folder: Path, level: str) -> Path:
     """What `--adapter latest|starred|PATH` stands for: a run below `folder`, a run's own folder, or
     an adapter's.
+
+    Args:
+        folder: of a run, of an adapter, or above several runs.
+        level: "" where `folder` leaves no choice.
+
+    Raises:
+        FileNotFoundError: see `find_run`.
+        ValueError: the run in `folder` is of another level, or there are several.
     """
-    if named in ("", "latest", STAR):
-        return find_run(folder, level, named)
-    path = Path(named)
-    return path / BEST if (path / BEST / "config.json").exists() else path
+    path = folder if named in ("", "latest", STAR) else Path(named)
+    path = path / BEST if (path / BEST / "config.json").exists() else path
+    if path != folder or (path / "config.json").exists():
+        found = run_record(path).get("level", level)
+        if level and found != level:
+            raise ValueError(f"{path} is of {found}, expected {level}")
+        return path
+    found = [level] if level else levels(folder)
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds runs of {', '.join(found)}: --level takes one of them")
+    return find_run(folder, found[0] if found else "any level", named)
 
 
 def star(folder: Path) -> str:
@@ -124,6 +144,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _markdown(results: Mapping[str, Any]) -> str:
     best = results["best"]
+    columns = [column for column in _TABLE if column[0] in best]
+    given = "true states" if "cos_sim" in best else "true texts"
     lines = [
         f"# {results['level']}: {results['parameters']:,} parameters",
         "",
@@ -131,19 +153,22 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{results['train_answers']:,} answers to train on, {results['val_answers']:,} to stop by "
         f"({results['split']}); best epoch {results['best_epoch']} of {len(results['history'])}. "
-        "Every state is predicted from true ones. Validation figures choose the epoch: they are no "
-        "test.",
+        f"Every prediction is a single step from {given}. Validation figures choose the epoch: "
+        "they are no test.",
         "",
-        "| epoch | " + " | ".join(title for _, title, _ in _TABLE) + " |",
-        "|" + "---:|" * (1 + len(_TABLE)),
+        "| epoch | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|" + "---:|" * (1 + len(columns)),
     ]
     for row in results["history"]:
-        cells = [f.format(row[k]) if row[k] is not None else "-" for k, _, f in _TABLE]
+        cells = [f.format(row[k]) if row[k] is not None else "-" for k, _, f in columns]
         mark = "**" if row["epoch"] == results["best_epoch"] else ""
         lines.append(f"| {mark}{row['epoch']}{mark} | " + " | ".join(cells) + " |")
-    if best["match_above_90"] is not None:
+    if best.get("match_above_90") is not None:
         share = best["match_above_90"]
         lines += ["", f"Where the cosine is above 0.9, {share:.1%} of the tokens are right."]
+    if results.get("constant_match") is not None:
+        share = results["constant_match"]
+        lines += ["", f"A constant string, the commonest token of every position: {share:.1%}."]
     lines += ["", "![loss](loss.png)", "", "![acceptance](acceptance.png)", ""]
     return "\n".join(lines)
 
@@ -154,7 +179,7 @@ def _curves(
     figure, axes = new_figure(6, 3.2)
     epochs = [row["epoch"] for row in history]
     for (name, title), color in zip(names.items(), (OTHERS, OURS), strict=True):
-        values = [float("nan") if row[name] is None else row[name] for row in history]
+        values = [float("nan") if row.get(name) is None else row[name] for row in history]
         axes.plot(epochs, values, color=color, label=title, marker=".")
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

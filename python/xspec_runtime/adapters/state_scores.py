@@ -18,6 +18,9 @@ _LINES = (
     ("tokens", "tokens", "{:,}"),
     ("token_match", "tokens right", "{:.1%}"),
     ("consecutive_tokens", "right in a row, from the first", "{:.2f}"),
+    ("top_5", "among five", "{:.1%}"),
+    ("acceptance_rate", "acceptance, replayed", "{:.1%}"),
+    ("tokens_per_verify", "tokens per verify, replayed", "{:.2f}"),
     ("cos_sim", "cosine", "{:.3f}"),
     ("accept_80", "cosine > 0.80", "{:.1%}"),
     ("accept_90", "cosine > 0.90", "{:.1%}"),
@@ -38,22 +41,29 @@ def score_test(
     Raises:
         ValueError: these are the states that the adapter was trained on, or of another width.
     """
-    if record.get("digest") == states.digest:
-        raise ValueError("these states trained the adapter: a test needs others")
-    config = adapter.config
-    own = config.width if isinstance(adapter, HiddenAdapter) else config.token_width
-    found = states.draft.shape[2], states.target.shape[2]
-    level = level_of(adapter)
-    if own != found[1] or (level != "B1" and config.draft_width != found[0]):
-        raise ValueError(
-            f"the adapter reads draft states of width {config.draft_width} and gives target states "
-            f"of {own}, the test has {found[0]} and {found[1]}"
-        )
+    level = check_test(adapter, record, states)
     rows = torch.arange(len(states))
     figures = {"level": level, "shown": score(adapter, states, rows, head)}
     if level in READS_DRAFT or not isinstance(adapter, HiddenAdapter):
         figures["hidden"] = score(adapter, states, rows, head, hide_draft=True)
     return figures
+
+
+def check_test(adapter: StateAdapter, record: Mapping[str, Any], states: States) -> str:
+    """The level of `adapter`, of which `states` can be a test. Arguments and errors as of
+    `score_test`.
+    """
+    if record.get("digest") == states.digest:
+        raise ValueError("these states trained the adapter: a test needs others")
+    config, level = adapter.config, level_of(adapter)
+    own = config.width if isinstance(adapter, HiddenAdapter) else config.token_width
+    found = states.draft.shape[2], states.target.shape[2]
+    if own != found[1] or (level != "B1" and config.draft_width != found[0]):
+        raise ValueError(
+            f"the adapter reads draft states of width {config.draft_width} and gives target states "
+            f"of {own}, the test has {found[0]} and {found[1]}"
+        )
+    return level
 
 
 def figures_table(figures: Mapping[str, Any]) -> Table:
@@ -65,7 +75,7 @@ def figures_table(figures: Mapping[str, Any]) -> Table:
     table.add_column("figure")
     for name in columns:
         table.add_column(f"draft {name}", justify="right")
-    for key, title, form in _LINES:
+    for key, title, form in (line for line in _LINES if line[0] in figures["shown"]):
         values = [figures[name][key] for name in columns]
         table.add_row(title, *("-" if v is None else form.format(v) for v in values))
     return table

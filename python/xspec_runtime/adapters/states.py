@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.pairs import drive_folds, read_pairs
+from ..data.pairs import known_drives, read_pairs
 from ..extract import read_states
 from ..files import existing_file, read_json
 from ..models import mini
+from .train_loop import split_rows
 
 ABSENT = -1  # stands for a token behind the end of an answer
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "weight")
@@ -53,28 +54,8 @@ class States:
         )
 
     def split(self, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows to train on and rows to stop by: the last drives, where drives are known, else the
-        last answers; clips of one drive overlap, so rows drawn at random would be seen twice.
-
-        Raises:
-            ValueError: fewer than two answers, or a share that leaves nothing to one side.
-        """
-        count = len(self)
-        if count < 2 or not 0 < share < 1:
-            raise ValueError(
-                f"a split needs two answers and a share between 0 and 1, got {count} and {share}"
-            )
-        wanted = max(1, min(count - 1, round(count * share)))
-        if self.folds is None:
-            kept = list(range(count - wanted, count))
-        else:
-            kept = []
-            for fold in reversed(self.folds[1:]):
-                if len(kept) >= wanted:
-                    break
-                kept += fold
-        rest = sorted(set(range(count)) - set(kept))
-        return torch.tensor(rest), torch.tensor(sorted(kept))
+        """See `split_rows`."""
+        return split_rows(len(self), share, self.folds)
 
 
 @dataclass(frozen=True)
@@ -144,8 +125,7 @@ def _recorded(
     tokens = torch.full((len(pairs), width), ABSENT)
     for row, pair in zip(tokens, pairs, strict=True):
         row[: len(pair.target)] = torch.tensor(pair.target)
-    known = len({pair.drive for pair in pairs}) > 1 and all(pair.drive for pair in pairs)
-    return tokens, drive_folds(pairs) if known else None
+    return tokens, known_drives(pairs)
 
 
 def read_head(target: str) -> torch.Tensor:

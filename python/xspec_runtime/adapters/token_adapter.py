@@ -2,8 +2,10 @@
 
 The published network (https://github.com/xifan-zhang/EventGPT, `feasible/token_alignment`): token
 and position embeddings, post-norm transformer layers under a causal mask, layer norm, linear head.
-Its defaults here are the published sizes. It never sees what the target has said, so it can learn
-little beyond how answers usually run: read its figures beside those with the draft hidden.
+Its defaults here are the published sizes; a second published variant (`CONFIGURABLE`) has fewer
+positions, a bias a token, and does not attend to padding. It never sees what the target has said,
+so it can learn little beyond how answers usually run: read its figures beside those with the draft
+hidden.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch import nn
 from . import alignment
 from .base import PAD, AdapterConfig, path_chain
 
+CONFIGURABLE = {"vocab_size": 32000, "positions": 64, "token_bias": True}
+
 
 @dataclass(frozen=True)
 class TokenAdapterConfig(AdapterConfig):
@@ -26,6 +30,7 @@ class TokenAdapterConfig(AdapterConfig):
     Attributes:
         positions: draft positions read, and with them the target positions predicted.
         tied: the head shares the embedding's weights and has no bias.
+        token_bias: the logits get one more bias, and no position attends to padding.
     """
 
     vocab_size: int = 32010
@@ -36,6 +41,7 @@ class TokenAdapterConfig(AdapterConfig):
     positions: int = 128
     dropout: float = 0.1
     tied: bool = False
+    token_bias: bool = False
 
 
 class TokenAdapter(nn.Module):
@@ -59,6 +65,7 @@ class TokenAdapter(nn.Module):
         self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(config.width)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size)
+        self.token_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.token_bias else 0
         # Embeddings of unit variance would drown a tied head at the start.
         nn.init.normal_(self.embed.weight, std=config.width**-0.5)
         nn.init.normal_(self.position.weight, std=config.width**-0.5)
@@ -73,8 +80,17 @@ class TokenAdapter(nn.Module):
             raise ValueError(f"draft must have at most {self.config.positions} ids, got {length}")
         x = self.embed(draft) + self.position.weight[:length]
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        x = self.norm(self.layers(x, mask=future, is_causal=True))
-        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        x = self.norm(self.layers(x, future, self._unread(draft), is_causal=True))
+        logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return logits + self.token_bias
+
+    def _unread(self, draft: torch.Tensor) -> torch.Tensor | None:
+        """What is not attended to, bool ``[B, L]``: padding, the first position never."""
+        if not self.config.token_bias:
+            return None
+        padding = draft == PAD
+        padding[:, 0] = False
+        return padding
 
     def proposer(self) -> PositionProposer:
         """Runtime use, see `PositionProposer`."""

@@ -11,9 +11,9 @@ from . import alignment
 from .base import PAD
 from .prefix_adapter import PrefixAdapter
 from .token_adapter import TokenAdapter
+from .train_loop import HIDDEN_SHARE
 
 Loss = Callable[[int, torch.Generator], torch.Tensor]
-HIDDEN_SHARE = 0.3
 BATCH = 32
 
 
@@ -34,18 +34,9 @@ def pair_loss(adapter: TokenAdapter | PrefixAdapter, drafts, targets, batch: int
         drafts, targets: ids ``[pairs, L]`` and ``[pairs, T]``, `PAD` behind.
 
     Raises:
-        ValueError: no pairs, as many drafts as targets they are not, or ids outside the vocabulary.
+        ValueError: see `check_pairs`.
     """
-    if len(drafts) != len(targets) or not len(drafts):
-        raise ValueError(
-            f"training needs as many drafts as targets, got {len(drafts)} and {len(targets)}"
-        )
-    size = adapter.config.vocab_size
-    for name, ids in (("draft", drafts), ("target", targets)):
-        if not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise ValueError(
-                f"{name} ids must be from 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
+    check_pairs(adapter.config.vocab_size, drafts, targets)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         # Dropout draws from the global generator; seeded here, a resumed run repeats it.
@@ -57,6 +48,22 @@ def pair_loss(adapter: TokenAdapter | PrefixAdapter, drafts, targets, batch: int
         return F.cross_entropy(logits[keep], expected[keep])
 
     return loss
+
+
+def check_pairs(vocab_size: int, drafts: torch.Tensor, targets: torch.Tensor) -> None:
+    """Raises `ValueError` unless there are pairs, as many drafts as targets, and all ids lie in the
+    vocabulary.
+    """
+    if len(drafts) != len(targets) or not len(drafts):
+        raise ValueError(
+            f"training needs as many drafts as targets, got {len(drafts)} and {len(targets)}"
+        )
+    for name, ids in (("draft", drafts), ("target", targets)):
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"{name} ids must be from 0 to {vocab_size - 1}, got {int(ids.min())} to "
+                f"{int(ids.max())}"
+            )
 
 
 def predictions(

@@ -17,18 +17,18 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Folder of a published EventGPT checkpoint.")],
     destination: Annotated[Path, typer.Argument(help="New folder for the converted one.")],
     clip: Annotated[
-        Path | None, typer.Option(help="Folder of the CLIP model, if the checkpoint lacks it.")
+        Path | None, typer.Option(help="Folder of the CLIP tower, where the checkpoint lacks it.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder whose tokenizer files are taken.")
+        Path | None, typer.Option(help="Folder of the tokenizer, where the checkpoint lacks it.")
     ] = None,
-    frames: Annotated[int, typer.Option(help="Event images a request: 1 or 5 as trained.")] = 5,
+    frames: Annotated[int, typer.Option(help="Event images of a request: 5 as trained, or 1.")] = 5,
     adaptor_passes: Annotated[
-        int, typer.Option(help="2 repeats the double feature adaptor of published recordings.")
+        int, typer.Option(help="2 applies the feature adaptor twice, as published runs did.")
     ] = 1,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Convert an EventGPT checkpoint to safetensors under the names used here."""
+    """Convert a published EventGPT checkpoint to the folder of safetensors that commands read."""
     run_cli(
         lambda: _convert(source, destination, clip, tokenizer, frames, adaptor_passes),
         debug,

@@ -18,14 +18,20 @@ SHOWN = 10
 
 @dataset.command(cls=Command)
 def generate(
-    root: Annotated[Path, typer.Argument(help="Folder for the datasets.")],
-    durations: Annotated[str, typer.Option(help="Comma-separated: 500ms, 1s, 2s, ...")] = "1s",
-    drives: Annotated[int, typer.Option(help="Drives of each dataset.")] = 2,
-    clips: Annotated[int, typer.Option(help="Clips of each drive.")] = 3,
-    split: Annotated[str, typer.Option(help="seq (test) or train.")] = "seq",
+    root: Annotated[
+        Path, typer.Argument(help="Folder to write to: one dataset below it a duration.")
+    ],
+    durations: Annotated[
+        str, typer.Option(help="Lengths of clips, comma-separated: 500ms,1s,2s, ...")
+    ] = "1s",
+    drives: Annotated[int, typer.Option(help="Drives in each dataset.")] = 2,
+    clips: Annotated[int, typer.Option(help="Clips in each drive.")] = 3,
+    split: Annotated[
+        str, typer.Option(help="Which part to imitate: seq (the test) or train.")
+    ] = "seq",
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Write procedural scenes in the published layout; what is there already is kept."""
+    """Write a miniature of procedural scenes in the DSEC layout; clips that exist are kept."""
 
     def work() -> None:
         from ..data.dsec_miniature import write_miniature
@@ -49,9 +55,15 @@ def generate(
 
 @dataset.command(cls=Command)
 def check(
-    folder: Annotated[Path, typer.Argument(help="A dataset, or the folder above several.")],
-    duration: Annotated[str, typer.Option(help="Which of several: 500ms, 1s, 2s, ...")] = "",
-    read: Annotated[bool, typer.Option("--read", help="Read every stream and video too.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(help="A dataset in the DSEC layout, or the folder above several.")
+    ],
+    duration: Annotated[
+        str, typer.Option(help="Which of several datasets: 500ms, 1s, 2s, ...")
+    ] = "",
+    read: Annotated[
+        bool, typer.Option("--read", help="Also read every event stream and video to its end.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Say what a dataset holds and which of its files are missing or damaged."""

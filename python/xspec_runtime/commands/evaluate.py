@@ -26,20 +26,28 @@ def evaluate(
     train: Annotated[
         Path | None, typer.Option(help="Pairs to learn from, in place of folds.")
     ] = None,
-    folds: Annotated[int, typer.Option(help="Contiguous folds; groups of live scenes.")] = 5,
-    by_drive: Annotated[bool, typer.Option(help="A fold for each drive the file names.")] = False,
-    gamma: Annotated[int, typer.Option(help="Draft tokens of chains.")] = 5,
+    folds: Annotated[int, typer.Option(help="Parts that take turns as the test.")] = 5,
+    by_drive: Annotated[bool, typer.Option(help="One part a drive that the pairs name.")] = False,
+    gamma: Annotated[
+        int, typer.Option(help="Draft tokens a round of drafters that propose chains.")
+    ] = 5,
     rows: Annotated[
-        str, typer.Option(help="Rows of a verify; above 64 a ceiling, replayed only.")
+        str, typer.Option(help="Rows of a verify, several in turn; above 64 as a ceiling only.")
     ] = "6,16,32,64",
-    sources: Annotated[str, typer.Option(help="Only these, with commas between.")] = "",
-    sizes: Annotated[str, typer.Option(help="Training answers to compare, as in 0,50,200.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Only the first pairs of each file.")] = None,
-    scenes: Annotated[int, typer.Option(help="Live: unseen scenes.")] = 24,
-    seed: Annotated[int, typer.Option(help="Live: which scenes.")] = 0,
-    backend: Annotated[str, typer.Option(help="Of the ops.")] = "auto",
+    sources: Annotated[
+        str, typer.Option(help="Only these sources, comma-separated; a wrong name lists all.")
+    ] = "",
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of training answers to compare: 0,50,200.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many pairs of each file, from the first.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(help="Without pairs: unseen scenes to answer.")] = 24,
+    seed: Annotated[int, typer.Option(help="Without pairs: which scenes.")] = 0,
+    backend: Annotated[str, typer.Option(help="Of the ops: auto, torch, triton or cuda.")] = "auto",
     output_dir: Annotated[
-        Path, typer.Option(help="For results.json, RESULTS.md and plots.")
+        Path, typer.Option(help="Folder for results.json, RESULTS.md and plots.")
     ] = Path("results/evaluate"),
     resume: Annotated[
         bool, typer.Option(help="Go on with the unfinished run in the output folder.")

@@ -17,26 +17,38 @@ def extract(
     dataset_dir: Annotated[
         Path, typer.Option(help="A dataset in the DSEC layout, or the folder above several.")
     ],
-    output: Annotated[Path, typer.Option(help="JSON file for the token pairs.")],
-    duration: Annotated[str, typer.Option(help="Which of several: 500ms, 1s, ...")] = "",
+    output: Annotated[Path, typer.Option(help="Where to write the token pairs, JSON.")],
+    duration: Annotated[str, typer.Option(help="Which of several datasets: 500ms, 1s, ...")] = "",
     states: Annotated[
-        Path | None, typer.Option(help="Folder for hidden states, in chunks.")
+        Path | None, typer.Option(help="Also write both models' hidden states to this folder.")
     ] = None,
-    questions_file: Annotated[Path | None, typer.Option(help="Questions, one a line.")] = None,
-    single_question: Annotated[str, typer.Option(help="Ask this of every clip.")] = "",
-    max_questions: Annotated[int, typer.Option(help="Of the file; 0: all.")] = 0,
-    max_samples: Annotated[int, typer.Option(help="Clips; -1: all.")] = -1,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 50,
-    chunk_size: Annotated[int, typer.Option(help="Answers of one file of states.")] = 1000,
-    frames: Annotated[str, typer.Option(help="uniform or first-n.")] = "uniform",
-    target: Annotated[str, typer.Option(help="mini or the folder of a Video-LLaVA.")] = "mini",
-    draft: Annotated[str, typer.Option(help="mini or the folder of an EventGPT.")] = "mini",
+    questions_file: Annotated[
+        Path | None, typer.Option(help="Questions to ask of every clip, one a line.")
+    ] = None,
+    single_question: Annotated[
+        str, typer.Option(help="One question to ask of every clip instead.")
+    ] = "",
+    max_questions: Annotated[
+        int, typer.Option(help="Only so many questions of the file; 0: all.")
+    ] = 0,
+    max_samples: Annotated[int, typer.Option(help="Only so many clips; -1: all.")] = -1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 50,
+    chunk_size: Annotated[int, typer.Option(help="Answers in one file of states.")] = 1000,
+    frames: Annotated[
+        str, typer.Option(help="Which 8 frames of a video: uniform or first-n.")
+    ] = "uniform",
+    target: Annotated[
+        str, typer.Option(help="mini (the embedded one) or a folder of Video-LLaVA.")
+    ] = "mini",
+    draft: Annotated[
+        str, typer.Option(help="mini (the embedded one) or a folder of xspec convert.")
+    ] = "mini",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 1,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Answer every clip with both models; resumable."""
+    """Answer every clip with both models and keep the tokens; an interrupted run goes on."""
 
     def work() -> None:
         import torch

@@ -22,12 +22,14 @@ def report(
     ],
     step_ms: Annotated[
         float | None,
-        typer.Option(help="A plain step of the target; by default the recording's own."),
+        typer.Option(help="What a plain step of the target takes; by default from the file."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Figures as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Say what verifies cost, what rests between them, and whether drafting paid."""
+    """Make a table of profiles: what verifies cost, what lies between, whether drafting paid."""
     run_cli(lambda: _report(files, step_ms, json_file), debug)
 
 

@@ -14,22 +14,25 @@ from ..cli import Command, app, run_cli
 @app.command(cls=Command)
 def tokens(
     draft: Annotated[
-        str, typer.Argument(help="A text, a file with a text a line, or recorded answers (JSON).")
+        str, typer.Argument(help="A text, a file of texts, one a line, or recorded answers (JSON).")
     ],
     target: Annotated[
-        str, typer.Argument(help="The target's text or file; not with recorded answers.")
+        str, typer.Argument(help="The target's text or file; recorded answers hold both.")
     ] = "",
     tokenizer: Annotated[
-        str, typer.Option(help="Folder of the target's tokenizer, or mini; else recorded ids.")
+        str, typer.Option(help="Of the target: a folder or mini; without it, ids as recorded.")
     ] = "",
     inspect: Annotated[
-        Path | None, typer.Option(help="Folder for the aligned view: INSPECT.html, INSPECT.md.")
+        Path | None,
+        typer.Option(help="Folder for INSPECT.html and INSPECT.md: answers side by side."),
     ] = None,
-    show: Annotated[int, typer.Option(help="Answers in the aligned view.")] = 50,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Statistics as JSON.")] = None,
+    show: Annotated[int, typer.Option(help="Answers shown side by side.")] = 50,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the statistics to this file.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Say how many tokens of the draft's text stand where the target has them."""
+    """Count the tokens of a draft's text that stand where the target has them; runs no model."""
     run_cli(lambda: _tokens(draft, target, tokenizer, inspect, show, json_file), debug)
 
 

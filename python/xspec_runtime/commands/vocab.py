@@ -15,12 +15,14 @@ from ..cli import Command, app, run_cli
 def vocab(
     left: Annotated[str, typer.Argument(help="Folder of the draft's tokenizer, or mini.")],
     right: Annotated[str, typer.Argument(help="Folder of the target's tokenizer, or mini.")],
-    texts: Annotated[Path | None, typer.Option(help="Texts to encode with both.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts, one a line, to encode with both.")
+    ] = None,
     apply: Annotated[
         Path | None, typer.Option(help="Recorded pairs or five-stage results to translate.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Where to write the comparison.")
+        Path | None, typer.Option("--json", help="Also write the comparison to this file.")
     ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .images import CLIP_MEAN, CLIP_STD, check_fit, check_scale
+from .images import CLIP_MEAN, CLIP_STD, check_fit, check_scale, level_table
 
 # Fractional bits of Pillow's weights for bytes, and its cubic's reach and parameter.
 _BITS, _REACH, _A = 22, 2.0, -0.5
@@ -131,7 +131,5 @@ def _normalized(
 
 @lru_cache(maxsize=8)
 def _levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """What each of 256 byte values becomes, ``[3, 256]``."""
-    levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    shift, scale = np.float32(mean), np.float32(std)
-    return torch.from_numpy((levels - shift[:, None]) / scale[:, None]).to(device)
+    """`level_table` on a device."""
+    return torch.from_numpy(level_table(mean, std)).to(device)

@@ -21,6 +21,16 @@ from ..files import read_json
 from .events import load_events
 from .video import IMAGE_SUFFIXES, load_video
 
+__all__ = [
+    "DURATIONS",
+    "Clip",
+    "Dataset",
+    "check",
+    "dataset_folder",
+    "open_dataset",
+    "present_durations",
+]
+
 SAMPLES = "EventGPT_Instruction_Subset.json"
 DURATIONS = ("500ms", "1s", "2s", "4s", "5s", "8s", "10s", "16s", "20s")
 EVENT_IMAGES = 5  # of a clip, as EventGPT was trained

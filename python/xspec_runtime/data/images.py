@@ -1,7 +1,10 @@
 """Image preprocessing shared by event images and video frames: resize, crop, rescale, normalize.
 
-The arithmetic is that of CLIP's processor (Pillow bicubic on bytes, then float32), which both
-EventGPT and Video-LLaVA use; torchvision is not needed.
+The arithmetic is that of transformers' processors on Pillow and numpy, bit for bit:
+CLIPImageProcessor (EventGPT, LLaVA-1.5) and VideoLlavaImageProcessor, with which the published
+models were run. torchvision is not needed. Where transformers 5 finds it, CLIPImageProcessor and
+VideoLlavaVideoProcessor resize with coarser weights: about one byte in a hundred differs, by 1 or 2
+of 255. `tests/data/processors_record.py` recorded all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "FITS",
+    "clip_preprocess",
+    "normalize",
+    "resize",
+    "resize_frame",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,14 +68,20 @@ def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     Returns:
         float32 ``[..., 3, H, W]``.
     """
-    levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    shift, scale = np.float32(mean), np.float32(std)
-    # Each channel knows 256 values: what they become is looked up.
-    table = (levels - shift[:, None]) / scale[:, None]
+    table = level_table(mean, std)
     out = np.empty((*pixels.shape[:-3], 3, *pixels.shape[-3:-1]), np.float32)
     for channel in range(3):
         np.take(table[channel], pixels[..., channel], out=out[..., channel, :, :], mode="clip")
     return out
+
+
+def level_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What each byte becomes in `normalize`, float32 ``[3, 256]``: a channel knows no other values.
+
+    As in transformers, the product with 1/255 is rounded once, from float64.
+    """
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    return (levels - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
 
 def check_scale(mean: Sequence[float], std: Sequence[float]) -> None:

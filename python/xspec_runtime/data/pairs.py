@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..files import existing_file
 
+__all__ = ["VOCAB_SIZE", "Pair", "contiguous_folds", "drive_folds", "iter_pairs", "read_pairs"]
+
 VOCAB_SIZE = 32_000  # LLaMA; both recorded models
 
 
@@ -98,6 +100,12 @@ def drive_folds(pairs: Sequence[Pair]) -> list[list[int]]:
     if len(folds) < 2:
         raise ValueError(f"folds by drive need two drives or more, got {', '.join(folds)}")
     return list(folds.values())
+
+
+def known_drives(pairs: Sequence[Pair]) -> list[list[int]] | None:
+    """`drive_folds`, or None where a pair names no drive or all name the same."""
+    known = len({pair.drive for pair in pairs}) > 1 and all(pair.drive for pair in pairs)
+    return drive_folds(pairs) if known else None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:

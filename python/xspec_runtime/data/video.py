@@ -14,6 +14,16 @@ from .images import CLIP_MEAN, CLIP_STD, check_fit, check_scale, normalize, resi
 from .staging import StagingBuffers
 from .video_file import Shape, read_frames
 
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MODES",
+    "DeviceVideo",
+    "frame_indices",
+    "load_video",
+    "preprocess_video",
+    "resized_video",
+]
+
 MODES = ("uniform", "first-n")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -21,7 +31,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 def frame_indices(total: int, n: int = 8, mode: str = "uniform") -> list[int]:
     """Which of ``total`` frames to show.
 
-    ``uniform`` spreads ``n`` frames from the first to the last, both included, as Video-LLaVA does;
+    ``uniform`` spreads ``n`` frames from the first to the last, both included, and cuts places
+    between two frames down to the earlier one, as Video-LLaVA's own ``processing_video.py`` does;
     ``first-n`` takes the head of the clip. A clip of fewer than ``n`` frames repeats some of them
     (``uniform``) or its last one (``first-n``).
 
@@ -39,7 +50,7 @@ def frame_indices(total: int, n: int = 8, mode: str = "uniform") -> list[int]:
         raise ValueError("the clip has no frames")
     if mode == "first-n":
         return [min(i, total - 1) for i in range(n)]
-    return np.linspace(0, total - 1, n).round().astype(int).tolist()
+    return np.linspace(0, total - 1, n).astype(int).tolist()
 
 
 def load_video(

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 MAX_ROWS = 64  # one int64 of ancestor bits per row
+# A token that the device knows and the host does not: `ON_DEVICE` - j is draft j of a `Follower`.
+ON_DEVICE = -2
 
 
 @dataclass(slots=True)
@@ -63,13 +65,16 @@ class DraftTree:
         if len(self) <= rows:
             return self
         ranked = sorted(range(1, len(self)), key=lambda i: (-self.scores[i], i))
-        kept = [0, *sorted(ranked[: rows - 1])]
-        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
-        return DraftTree(
-            [self.tokens[i] for i in kept],
-            [place[self.parent_idx[i]] for i in kept],
-            [self.scores[i] for i in kept],
-        )
+        return self._only([0, *sorted(ranked[: rows - 1])])
+
+    def within(self, depth: int) -> DraftTree:
+        """The nodes at most `depth` below the root."""
+        if len(self) <= depth + 1:
+            return self
+        depths = [0]
+        for parent in self.parent_idx[1:]:
+            depths.append(depths[parent] + 1)
+        return self._only([node for node, deep in enumerate(depths) if deep <= depth])
 
     def accept(self, targets: Sequence[int]) -> list[int]:
         """Greedy accepted path, root excluded, given the target's token after each node."""
@@ -79,6 +84,15 @@ class DraftTree:
             path.append(node)
         return path
 
+    def _only(self, kept: Sequence[int]) -> DraftTree:
+        """These nodes, in order, their parents among them."""
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        return DraftTree(
+            [self.tokens[i] for i in kept],
+            [place[self.parent_idx[i]] for i in kept],
+            [self.scores[i] for i in kept],
+        )
+
 
 @dataclass(slots=True)
 class Request:
@@ -87,10 +101,12 @@ class Request:
     Attributes:
         prompt_ids: prompt tokens without media placeholders.
         draft_inputs: keyword tensors for a draft model's prefill (token ids, event images).
+        target_inputs: the target's own, for drafters that read what it reads.
     """
 
     prompt_ids: list[int] = field(default_factory=list)
     draft_inputs: Mapping[str, Any] = field(default_factory=dict)
+    target_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
         """`draft_inputs` with their tensors on the draft's device, wherever they were."""

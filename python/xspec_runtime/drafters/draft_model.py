@@ -51,6 +51,12 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def begin(self, request: Request) -> None:
+        """Prefill the draft's own prompt, `request.draft_inputs`.
+
+        Raises:
+            ValueError: there are none, or they hold no `input_ids`.
+            RuntimeError: the draft's logits are NaN.
+        """
         inputs = request.inputs_on(self.model.device)
         if "input_ids" not in inputs:
             raise ValueError(f"drafter {self.name!r} needs draft_inputs with input_ids")
@@ -81,6 +87,7 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def propose(self, context: Sequence[int], rows: int) -> DraftTree:
+        """A chain of the model's own greedy tokens behind `context`, siblings beside them."""
         tree = DraftTree.root(context[-1])
         pending = self._rewind(context)
         node, score = 0, 1.0

@@ -17,9 +17,9 @@ from ..adapters.eagle import EagleFusion
 from ..adapters.hidden import READS_DRAFT, HiddenAdapter
 from .adapter import DraftText
 from .base import DraftTree, Request, check_growth
+from .rollout import Rollout, StateRollout, TargetSource, TokenRollout
 
 DraftSource = Callable[[Request], torch.Tensor]
-TargetSource = Callable[[int], torch.Tensor]
 
 
 class DraftStates:
@@ -67,8 +67,9 @@ class HiddenDrafter:
     """A chain of at most `gamma` tokens from an adapter of states.
 
     L1 to L5 map the draft's states once a request. B1, L5F and EAGLE read the target's states, or
-    tokens, of the verified prefix in every round; behind the first token of a chain, the adapter's
-    own prediction takes the place of what the target has not said.
+    tokens, of the verified prefix: in every round those committed since the one before. Behind the
+    first token of a chain, the adapter's own prediction takes the place of what the target has not
+    said.
 
     Args:
         adapter: `HiddenAdapter` or `EagleFusion`.
@@ -111,15 +112,17 @@ class HiddenDrafter:
             )
         self.name, self.gamma, self.floor = name, gamma, floor
         self.vocab_size = len(head)
-        self._adapter, self._target = adapter, target
+        self._adapter = adapter
         weight = next(adapter.parameters())
         self._head = head.detach().to(weight)
         self._draft = draft if reads_draft and not hide_draft else None
-        self._reads_draft = reads_draft
         self._positions = config.positions
-        self._known = 0
-        self._states = weight.new_zeros(0, config.draft_width)
-        self._mapped: tuple[list[int], list[float]] = ([], [])
+        self._rollout: Rollout | None = None
+        if self._eagle:
+            self._rollout = TokenRollout(adapter)
+        elif self._level in alignment.AHEAD:
+            self._rollout = StateRollout(adapter, self._head, target)
+        self._forget()
 
     @torch.inference_mode()
     def begin(self, request: Request) -> None:
@@ -128,21 +131,24 @@ class HiddenDrafter:
         Raises:
             ValueError: the states have another width than the adapter reads.
         """
-        self._known, config = 0, self._adapter.config
+        states, width = None, self._adapter.config.draft_width
         if self._draft:
             states = self._draft(request)
-            if states.dim() != 2 or states.shape[1] != config.draft_width:
+            if states.dim() != 2 or states.shape[1] != width:
                 raise ValueError(
-                    f"drafter {self.name!r} reads draft states of width {config.draft_width}, got "
+                    f"drafter {self.name!r} reads draft states of width {width}, got "
                     f"{list(states.shape)}"
                 )
-            self._states = states[: self._positions].to(self._head)
-        else:
-            self._states = self._head.new_zeros(self._positions, config.draft_width)
-        if self._level not in alignment.AHEAD:
-            with ranges.range_("draft.adapter", len(self._states)):
-                best = self._best(self._adapter(draft=self._states[None])[0] @ self._head.T)
-            self._mapped = best[0].tolist(), best[1].tolist()
+            states = states[: self._positions].to(self._head)
+        self._forget()
+        if self._rollout:
+            self._rollout.begin(states)
+            return
+        if states is None:
+            states = self._head.new_zeros(self._positions, width)
+        with ranges.range_("draft.adapter", len(states)):
+            best = self._best(self._adapter(draft=states[None])[0] @ self._head.T)
+        self._mapped = best[0].tolist(), best[1].tolist()
 
     @torch.inference_mode()
     def propose(self, context: Sequence[int], rows: int) -> DraftTree:
@@ -156,7 +162,7 @@ class HiddenDrafter:
         self._known = known = len(context)
         count = min(self.gamma, rows - 1)
         with ranges.range_("draft.adapter", count):
-            if self._level in alignment.AHEAD:
+            if self._rollout:
                 tokens, scores = self._roll_out(context, min(count, self._positions - known + 1))
             else:
                 tokens, chances = (
@@ -165,36 +171,39 @@ class HiddenDrafter:
                 tokens, scores = path_chain(tokens, chances, self.floor)
         return DraftTree.chain(context[-1], tokens, scores)
 
+    def in_step(self, context: Sequence[int]) -> bool:
+        """Whether the draft's text, as the adapter reads it, begins with `context`; never so for an
+        adapter that reads the target.
+        """
+        if self._rollout:
+            return False
+        said = alignment.continuation(self._mapped[0], 0, len(context), self._level)
+        return list(said) == list(context)
+
     def end(self, answer: Sequence[int]) -> None:
-        """Nothing is learned."""
+        """Nothing is learned, and nothing kept of the request."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known = 0
+        self._mapped: tuple[list[int], list[float]] = ([], [])
+        if self._rollout:
+            self._rollout.begin(None)
 
     def _roll_out(self, context: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """Tokens behind `context` one by one, each from the ones before."""
-        tokens, chances, score = list(context), [], 1.0
-        states = None
-        if count > 0 and not self._eagle:
-            states = self._target(len(context)).to(self._head)
-        for _ in range(count):
-            draft = self._beside(len(tokens)) if self._reads_draft else None
-            if self._eagle:
-                ids = torch.tensor([tokens], device=self._head.device)
-                logits = self._adapter(ids, draft)[0, -1]
-            else:
-                state = self._adapter(draft=draft, target=states[None])[0, -1]
-                states = torch.cat([states, state[None]])
-                logits = state @ self._head.T
+        ids, chances, score = [], [], 1.0
+        for i in range(count):
+            logits = self._rollout.then(ids[-1]) if i else self._rollout.after(context)
             best, chance = self._best(logits)
-            tokens.append(int(best))
-            chances.append(float(chance))
-            score *= chances[-1]
-            if score < self.floor:
+            ids.append(best)
+            chances.append(chance)
+            # Nothing is read off the device before the chain ends, unless it may end early.
+            if self.floor > 0.0 and (score := score * float(chance)) < self.floor:
                 break
-        return path_chain(tokens[len(context) :], chances, self.floor)
-
-    def _beside(self, length: int) -> torch.Tensor:
-        """The draft's first `length` states ``[1, length, De]``, zeros behind its end."""
-        held = self._states[:length]
-        return F.pad(held, (0, 0, 0, length - len(held)))[None]
+        if not ids:
+            return [], []
+        return path_chain(torch.stack(ids).tolist(), torch.stack(chances).tolist(), self.floor)
 
     def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest ids and their probabilities."""

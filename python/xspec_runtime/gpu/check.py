@@ -14,6 +14,7 @@ from torch.utils import deterministic
 
 from xspec_kernels import info
 
+from .adapters import adapter_forward_cases
 from .cases import (
     SIZES,
     Case,
@@ -50,6 +51,7 @@ OPS: dict[str, Callable[..., Iterator[Case]]] = {
     "tree_attention": tree_attention_cases,
     "lm_head_argmax": lm_head_cases,
     "verify_tail": verify_tail_cases,
+    "adapter_forward": adapter_forward_cases,
     "sample_tokens": sample_tokens_cases,
     "verify_sampling": verify_sampling_cases,
 }

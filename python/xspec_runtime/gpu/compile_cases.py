@@ -14,7 +14,8 @@ import torch
 import xspec_kernels as xspec
 from xspec_kernels import nf4, tiles
 
-from .machine_code import Source, recorded, source_of
+from . import compile_adapters
+from .machine_code import Launch, Source, recorded, source_of
 
 ARCHS = (80, 86, 89, 90, 100)
 _DTYPE = torch.bfloat16
@@ -182,8 +183,10 @@ class Case(NamedTuple):
         return f"{self.kernel} {self.model} sm_{self.arch}"
 
 
-def cases(models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = ARCHS) -> list[Case]:
-    """Every kernel of the verify path, not compiled yet.
+def cases(
+    models: Iterable[str] = (*MODELS, *compile_adapters.calls()), archs: Iterable[int] = ARCHS
+) -> list[Case]:
+    """Every kernel of the verify path and of the adapters behind it, not compiled yet.
 
     Raises:
         RuntimeError: Triton is missing, or runs as an interpreter.
@@ -191,14 +194,23 @@ def cases(models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = ARCHS) -
     found = []
     for arch in archs:
         for model in models:
-            names: list[str] = []
+            wanted = (
+                [compile_adapters.calls()[model]]
+                if model not in MODELS
+                else _calls(MODELS[model], arch, model in IN_NF4)
+            )
+            names: list[str | None] = []
             with recorded(arch) as launches:
-                for kernels, call in _calls(MODELS[model], arch, model in IN_NF4):
+                for kernels, call in wanted:
                     call()
                     names += kernels
-            for name, launch in zip(names, launches, strict=True):
-                source = source_of(launch, arch)
-                sizes = (source.constants.get(size) for size in ("BM", "RB", "NODES"))
-                rows = next((size for size in sizes if size), 1)
-                found.append(Case(name, model, arch, rows, source))
+            pairs = zip(names, launches, strict=True)
+            found += [_case(name, model, arch, launch) for name, launch in pairs if name]
     return found
+
+
+def _case(name: str, model: str, arch: int, launch: Launch) -> Case:
+    source = source_of(launch, arch)
+    sizes = (source.constants.get(size) for size in ("BM", "RB", "NODES"))
+    rows = next((size for size in sizes if size), 1)
+    return Case(name, model, arch, rows, source)

@@ -14,6 +14,7 @@ import xspec_kernels as xspec
 
 from ..environment import environment
 from ..files import read_json
+from . import compile_adapters
 from .compile_cases import Case, cases
 from .machine_code import facts
 
@@ -23,9 +24,10 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 _LINEAR = ("qkv", "o", "gate_up", "down")
 PRODUCTS = (
     "tree_attention", "first_qkv", *_LINEAR, *(f"nf4_{name}" for name in _LINEAR), "lm_head",
+    *compile_adapters.PRODUCTS,
 )  # fmt: skip
 # These read single words: tables of a tree, and what the tiles of the vocabulary left.
-NARROW = ("lm_head_join", "accept", "commit")
+NARROW = ("lm_head_join", "accept", "commit", *compile_adapters.NARROW)
 
 Entry = dict[str, Any]
 

@@ -26,6 +26,7 @@ from xspec_kernels import (
     tree_mask,
 )
 
+from .adapters import adapters
 from .cases import chain, relative_error
 from .clock import captured, interleaved
 from .decoder import Shape
@@ -50,8 +51,12 @@ TINY = Scale(Shape(2, 128, 4, 256, 512), (1, 6), (40,), 1, 1)
 
 
 def parts(options: Options) -> list[Part]:
-    """Products, then everything else."""
-    return [Part("kernels", "linear", linear, 40), Part("kernels", "others", others, 40)]
+    """Products, everything else, whole adapters."""
+    return [
+        Part("kernels", "linear", linear, 40),
+        Part("kernels", "others", others, 40),
+        Part("kernels", "adapters", adapters, 40),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,11 @@ from transformers import (
 from ..data.events import event_images, load_events
 from ..data.images import clip_preprocess, resize
 from ..data.video import load_video
+from ..errors import out_of_memory
 from ..files import read_json
+from ..nf4_dense import keep_dense
+from ..nf4_model import quantize_model
+from ..prefill import placeholder_ids
 from ..vocab import compare, load_tokenizer
 from . import mini
 from .eventgpt import EventGPTForConditionalGeneration
@@ -85,14 +89,14 @@ class EmbeddedPair:
 
     def draft_inputs(self, events: object, question: str) -> Inputs:
         image = resize(event_images(events, 1), mini.IMAGE_SIZE, "squash")[0]
-        return _moved(mini.draft_inputs(question, image, self.tokenizer), self)
+        return _moved(mini.draft_inputs(question, image, self.tokenizer), self.device, self.dtype)
 
     def read_video(self, path: Path, mode: str) -> np.ndarray:
         return load_video(path, mini.FRAMES, mode)
 
     def target_inputs(self, frames: np.ndarray, question: str) -> Inputs:
         small = resize(frames, mini.IMAGE_SIZE, "squash")
-        return _moved(mini.target_inputs(question, small, self.tokenizer), self)
+        return _moved(mini.target_inputs(question, small, self.tokenizer), self.device, self.dtype)
 
 
 class FolderPair:
@@ -100,10 +104,14 @@ class FolderPair:
 
     LLaVA-1.5 sees one image: the middle one of the frames.
 
+    Args:
+        draft_device: of the draft, if another than the target's.
+        nf4: the linear layers of both are quantized to NF4.
+
     Raises:
         FileNotFoundError: a folder or its configuration is missing.
-        ValueError: a model is of another kind, or the draft's ids mean other tokens than the
-            target's.
+        ValueError: a model is of another kind, lacks weights or is damaged, or the draft's ids mean
+            other tokens than the target's.
     """
 
     def __init__(
@@ -112,8 +120,11 @@ class FolderPair:
         target: Path,
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        draft_device: str = "",
+        nf4: bool = False,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.nf4 = device, dtype, nf4
+        self.draft_device, self.target_folder = draft_device or device, target
         self.tokenizer = load_tokenizer(str(target))
         spoken = compare(load_tokenizer(str(draft)), self.tokenizer)
         if not spoken.identical:
@@ -121,24 +132,40 @@ class FolderPair:
                 f"{draft} and {target} differ in {spoken.left_size - spoken.same_id} of "
                 f"{spoken.left_size} tokens; see `xspec vocab`"
             )
-        self.draft = _load(draft, {"eventgpt": EventGPTForConditionalGeneration}, self)
-        self.target = _load(
-            target,
-            {
-                "video_llava": VideoLlavaForConditionalGeneration,
-                "llava": LlavaForConditionalGeneration,
-            },
-            self,
-        )
+        events = {"eventgpt": EventGPTForConditionalGeneration}
+        self.draft = self._quantized(_load(draft, events, dtype, self.draft_device))
+        self.target = self.another_target()
         ends = self.target.generation_config.eos_token_id
         self.stop_ids = tuple(ends if isinstance(ends, list) else [ends])
+
+    def another_target(self, device: str = "") -> PreTrainedModel:
+        """The target's model, loaded once more."""
+        kinds = {
+            "video_llava": VideoLlavaForConditionalGeneration,
+            "llava": LlavaForConditionalGeneration,
+        }
+        return self._quantized(_load(self.target_folder, kinds, self.dtype, device or self.device))
+
+    def _quantized(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.nf4:
+            quantize_model(model)
+            keep_dense(model)
+        return model
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Tokens of the target that stand for media."""
+        return tuple(placeholder_ids(self.target.config))
 
     def read_events(self, path: Path) -> object:
         return load_events(path)
 
     def draft_inputs(self, events: object, question: str) -> Inputs:
-        images = event_images(events, self.draft.config.num_frames)
-        return _moved(eventgpt_inputs(question, images, self.tokenizer, self.draft.config), self)
+        config = self.draft.config
+        inputs = eventgpt_inputs(
+            question, event_images(events, config.num_frames), self.tokenizer, config
+        )
+        return _moved(inputs, self.draft_device, self.dtype)
 
     def read_video(self, path: Path, mode: str) -> np.ndarray:
         return load_video(path, FRAMES, mode)
@@ -161,7 +188,7 @@ class FolderPair:
             "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
             name: pixels[None] if name == "pixel_values_videos" else pixels,
         }
-        return _moved(inputs, self)
+        return _moved(inputs, self.device, self.dtype)
 
 
 def target_prompt_ids(
@@ -185,19 +212,30 @@ def target_prompt_ids(
     return [*ids[:at], *[placeholder] * count, *ids[at + 1 :]]
 
 
-def _load(folder: Path, kinds: dict[str, type], pair: FolderPair) -> PreTrainedModel:
+def _load(folder: Path, kinds: dict[str, type], dtype: torch.dtype, device: str) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     values = read_json(folder / "config.json")
-    found = values.get("model_type") if isinstance(values, dict) else None
-    if found not in kinds:
-        raise ValueError(f"{folder} is of model type {found!r}, expected {' or '.join(kinds)}")
-    model = kinds[found].from_pretrained(folder, dtype=pair.dtype)
-    return model.eval().to(pair.device).requires_grad_(False)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in kinds:
+        raise ValueError(f"{folder} is of model type {kind!r}, expected {' or '.join(kinds)}")
+    try:
+        model, found = kinds[kind].from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the model in {folder} cannot be used: {reason}") from error
+    # transformers fills what a checkpoint lacks with random weights.
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them")
+    return model.eval().to(device).requires_grad_(False)
 
 
-def _moved(inputs: Inputs, pair: EmbeddedPair | FolderPair) -> Inputs:
+def _moved(inputs: Inputs, device: str, dtype: torch.dtype) -> Inputs:
     return {
-        key: value.to(pair.device, pair.dtype if value.is_floating_point() else None)
+        key: value.to(device, dtype if value.is_floating_point() else None)
         for key, value in inputs.items()
     }

@@ -11,6 +11,8 @@ from xspec_kernels import ranges
 from ..files import read_text, write_text
 from .timeline import Span, Timeline
 
+__all__ = ["read_events", "write_events"]
+
 FORMAT = "xspec events 1"
 
 

@@ -179,7 +179,7 @@ class SoakBench:
             else:
                 SpeculativeDecoder(decoder.target, None, decoder.config).generate(inputs)
         for drafter in (drafter for kind in self.stock.values() for drafter in kind):
-            drafter.begin(PlannedRequest(ids[0].tolist(), {"input_ids": ids}, Plan(0, "", 0)))
+            drafter.begin(PlannedRequest(ids[0].tolist(), {"input_ids": ids}, plan=Plan(0, "", 0)))
             drafter.propose([1], max(ROWS))
             drafter.end([])
 

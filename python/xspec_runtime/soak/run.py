@@ -143,7 +143,7 @@ class Soak:
                 drafted = [VOCAB]
             else:
                 inputs = {"input_ids": ids.expand(2, -1)}
-        request = PlannedRequest(ids[0].tolist(), {"input_ids": ids}, plan, expected)
+        request = PlannedRequest(ids[0].tolist(), {"input_ids": ids}, plan=plan, answer=expected)
         processor = bench.processor if plan.processed else None
         stop = None if plan.cancel is None else _patience(plan.cancel)
         return BatchPrompt(inputs, request, processor, drafted, stop)

@@ -16,6 +16,7 @@ from ..data.captions import QUESTIONS
 from ..data.dsec import Clip, Dataset, open_dataset, present_durations
 from ..data.video import MODES as FRAME_MODES
 from ..environment import environment
+from ..errors import out_of_memory
 from ..files import check_output, read_lines, write_json, write_text
 from ..journal import Journal
 from ..models.mini import decode_answer
@@ -148,8 +149,8 @@ def _run_one(
     models = stage_models(pair, limit, options.frames, _capacity(pair, limit))
     todo = [clip for clip in clips if clip.index not in journal.done]
     for clip in todo[: options.warmup]:
-        for model in models:
-            model.run(clip, _question(clip, questions))
+        # One that cannot be read is reported when its turn comes.
+        _sample("sequential", pair, models, clip, _question(clip, questions))
     console = Console(stderr=True)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
@@ -186,7 +187,10 @@ def _sample(
         else:
             alone = models[1].run(clip, question)
             draft, target, wall = _both(models, clip, question)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        # The next sample would not fit either.
+        if out_of_memory(error):
+            raise
         return {"sample_idx": clip.index, "error": " ".join(str(error).split())}
     texts = [decode_answer(list(t.tokens), pair.tokenizer) for t in (draft, target)]
     record = sample_record(clip, question, draft, target, wall, texts)

@@ -51,5 +51,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def use_tree_attention(model: PreTrainedModel) -> None:
     """Switch the model's text attention to `ATTENTION`; towers keep theirs."""
+    if model.config.get_text_config()._attn_implementation == ATTENTION:
+        return
     nested = "text_config" in getattr(model.config, "sub_configs", {})
     model.set_attn_implementation({"text_config": ATTENTION} if nested else ATTENTION)

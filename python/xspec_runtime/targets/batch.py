@@ -196,7 +196,7 @@ class BatchTarget:
     def _turned(self, positions: torch.Tensor) -> torch.Tensor:
         """Row numbers ``[B, N]`` as the model takes them, see `Turn`."""
         turns = [one.turn for one in self._running]
-        if not any(turn.axes for turn in turns):
+        if not any(turn.shifts for turn in turns):
             return positions
         each = (turn.positions(row[None]) for turn, row in zip(turns, positions, strict=True))
         return torch.cat(list(each), 1)

@@ -192,7 +192,7 @@ class LlamaTarget:
             RuntimeError: it does not fit the cache.
         """
         self.cache.check_room(len(tree))
-        if self.graphs and not self._wants_logits:
+        if self.graphs and not self.wants_logits:
             self._round = None
             return self.graphs.verify([tree], [self.cache.length], height, self._caches)
         self._round = self._rounds.place([tree], [self.cache.length], height)
@@ -206,7 +206,7 @@ class LlamaTarget:
         Raises:
             RuntimeError: the logits are NaN on the accepted path.
         """
-        if self._wants_logits:
+        if self.wants_logits:
             return self._decide_by_logits(tree, scored, context).checked()
         if self._round is None:
             return self._rounds.read(1)[0].checked()
@@ -222,8 +222,8 @@ class LlamaTarget:
             self.cache.commit(verdict.path, verdict.length, verdict.accepted)
 
     @property
-    def _wants_logits(self) -> bool:
-        """Whether the greedy token is not what the request asks for."""
+    def wants_logits(self) -> bool:
+        """Whether the greedy token is not what the request asks for: it is verified op by op."""
         return bool(self._processor or self._sampling)
 
     def _decide_by_logits(self, tree: DraftTree, scored: Scored, context: Sequence[int]) -> Verdict:
@@ -240,7 +240,7 @@ class LlamaTarget:
         return decide(logits[None], laid, self.backend, draws)[0][0]
 
     def _score(self, hidden: torch.Tensor) -> Scored:
-        if self._wants_logits:
+        if self.wants_logits:
             return Scored(hidden, None, None)
         return self.decoder.score(hidden, self._round)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
-from xspec_kernels import ranges
+from xspec_kernels import TailResult, ranges
 
 from ..drafters.base import MAX_ROWS, DraftTree
 from ..graphs import Fork, Graphs
@@ -29,6 +30,27 @@ PREFILL_GRAPHS = 8
 Run = Callable[[], Scored]
 
 
+class Follower(Protocol):
+    """What drafts on the device behind every verify of a single request, in the same launch.
+
+    It holds no reference to the target, whose graphs hold it.
+
+    Attributes:
+        drafts: int64 ``[G]``, what may follow the last token known; see `ON_DEVICE`.
+    """
+
+    drafts: torch.Tensor
+
+    def follow(self, at: Round, accepted: TailResult, root: torch.Tensor) -> None:
+        """Write `drafts`; only launches.
+
+        Args:
+            at: the round, its `cache_seqlens` advanced.
+            accepted: what its tail accepted.
+            root: int64 ``[1]``, the last token emitted.
+        """
+
+
 class LlamaGraphs:
     """Launches over one decoder and its `rounds`; the decision is then there to be read.
 
@@ -36,10 +58,14 @@ class LlamaGraphs:
         profile: a verify is three launches, each in a range of its own, as ranges inside a graph do
             not show on replay. Same bits. The environment variable XSPEC_PROFILE=1 sets it at
             first; it may change between requests.
+        follower: drafts behind every verify of one request; it may change between requests.
+        followed: the last launch was such a verify, so the follower's drafts are of this moment.
     """
 
     def __init__(self, decoder: LlamaDecoder, rounds: RoundBuffers) -> None:
         self.profile = os.environ.get("XSPEC_PROFILE") == "1"
+        self.follower: Follower | None = None
+        self.followed = False
         self._phased: dict[tuple, Run] = {}
         self._decoder, self._rounds = decoder, rounds
         self.verifies = Graphs(rounds.device)
@@ -62,13 +88,18 @@ class LlamaGraphs:
         rows = max(height, *map(len, trees))
         batch, rows = self._shape(len(trees), rows)
         self._rounds.write(trees, lengths, rows, batch)
-        key, caches = (batch, rows, caches[0][0].data_ptr()), _first(caches, batch)
+        follower = self.follower if batch == 1 else None
+        self.followed = follower is not None
+        caches = _first(caches, batch)
+        key = (batch, rows, caches[0][0].data_ptr(), id(follower))
         if self.profile:
             if key not in self._phased:
-                parts = _parts(self._decoder, self._rounds, caches, rows)
+                parts = _parts(self._decoder, self._rounds, caches, rows, follower)
                 self._phased[key] = _phases(self.verifies, key, parts)
             return self._rounds.launch(batch, self._phased[key])
-        run = self.verifies.get(key, lambda: _verify(self._decoder, self._rounds, caches, rows))
+        run = self.verifies.get(
+            key, lambda: _verify(self._decoder, self._rounds, caches, rows, follower)
+        )
         return self._rounds.launch(batch, run)
 
     def prompt(self, capacity: int) -> torch.Tensor:
@@ -82,6 +113,7 @@ class LlamaGraphs:
         """The pass over a `prompt` of `rows` rows, and the decision on `tree`, whose root is the
         row before row `length` and whose other nodes lie behind it.
         """
+        self.followed = False
         height = MAX_ROWS if self.prefills.captures else len(tree)
         self._rounds.write([tree], [length - 1], height)
         x = self._prompt[:rows]
@@ -188,27 +220,38 @@ def _first(caches: Caches, batch: int) -> Caches:
 
 
 def _verify(
-    decoder: LlamaDecoder, rounds: RoundBuffers, caches: Caches, rows: int
+    decoder: LlamaDecoder,
+    rounds: RoundBuffers,
+    caches: Caches,
+    rows: int,
+    follower: Follower | None,
 ) -> Callable[[], Scored]:
-    layers, head, tail = _parts(decoder, rounds, caches, rows)
+    layers, head, tail = _parts(decoder, rounds, caches, rows, follower)
     return lambda: tail(*head(*layers()))
 
 
 def _parts(
-    decoder: LlamaDecoder, rounds: RoundBuffers, caches: Caches, rows: int
+    decoder: LlamaDecoder,
+    rounds: RoundBuffers,
+    caches: Caches,
+    rows: int,
+    follower: Follower | None,
 ) -> tuple[Callable, Callable, Callable]:
     """A verify in three: each takes what the one before returns."""
     batch = len(caches[0][0])
+    drafts = follower.drafts if follower else None
 
     def layers() -> tuple[torch.Tensor, Round]:
-        at = rounds.load(batch, rows)
+        at = rounds.load(batch, rows, drafts)
         return decoder.step(at, caches), at
 
     def head(hidden: torch.Tensor, at: Round) -> tuple[Scored, Round]:
         return decoder.score(hidden, at), at
 
     def tail(scored: Scored, at: Round) -> Scored:
-        rounds.tail(at, scored.ids, scored.flags, caches)
+        accepted = rounds.tail(at, scored.ids, scored.flags, caches)
+        if follower:
+            follower.follow(at, accepted, rounds.root[:1])
         return scored
 
     return layers, head, tail

@@ -11,13 +11,14 @@ from xspec_kernels import (
     INVALID,
     SEQUENCE,
     TOKENS,
+    TailResult,
     ranges,
     read_record,
     tree_mask,
     verify_tail,
 )
 
-from ..drafters.base import MAX_ROWS, DraftTree
+from ..drafters.base import MAX_ROWS, ON_DEVICE, DraftTree
 from .greedy import Verdict
 
 T = TypeVar("T")
@@ -123,13 +124,25 @@ class RoundBuffers:
         for field, value in zip(self._host_fields, values, strict=True):
             field[: len(value)] = value
 
-    def load(self, batch: int, rows: int) -> Round:
-        """Bring what `write` left to the device; only launches."""
+    @property
+    def root(self) -> torch.Tensor:
+        """int64 ``[batch]``: the last token that each request's `tail` emitted."""
+        return self._root
+
+    def load(self, batch: int, rows: int, drafts: torch.Tensor | None = None) -> Round:
+        """Bring what `write` left to the device; only launches.
+
+        Args:
+            drafts: int64 ``[G]``, what tokens from `ON_DEVICE` downwards stand for.
+        """
         self._words.copy_(self._host, non_blocking=True)
         sizes = (batch * rows, batch * rows, batch, batch)
         tokens, parents, num_rows, lengths = (
             field[:size] for field, size in zip(self._fields, sizes, strict=False)
         )
+        if drafts is not None:
+            place = (ON_DEVICE - tokens).clamp(0, len(drafts) - 1)
+            tokens = torch.where(tokens <= ON_DEVICE, drafts.index_select(0, place), tokens)
         parents = parents.view(batch, rows)
         mask = tree_mask(parents, num_rows, max_depth=self.max_depth, backend=self.backend)
         return Round(
@@ -143,7 +156,7 @@ class RoundBuffers:
         ids: torch.Tensor,
         flags: torch.Tensor,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
+    ) -> TailResult:
         """Accept the longest paths, publish them and move their rows into place; only launches.
 
         Args:
@@ -151,7 +164,7 @@ class RoundBuffers:
             caches: K and V of every layer.
         """
         batch = len(at.tokens)
-        verify_tail(
+        return verify_tail(
             ids, flags, at.tokens, at.parents, at.bits, [t for pair in caches for t in pair],
             at.cache_seqlens, self._root[:batch], self._sequence[:batch], self._record[:batch],
             at.num_rows, backend=self.backend,

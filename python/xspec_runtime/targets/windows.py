@@ -65,21 +65,23 @@ class Turn(NamedTuple):
     """How rows after a prompt are placed: media may take fewer positions than rows.
 
     Attributes:
-        axes: of rotary positions; 0: one, counted by rows.
-        shift: of the positions after the prompt against the number of its rows.
+        shifts: of the rotary axes' positions after the prompt against the number of its rows; none:
+            there is one axis, counted by rows.
     """
 
-    axes: int = 0
-    shift: int = 0
+    shifts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, inputs: Mapping[str, torch.Tensor]) -> Turn:
-        """That of a prompt whose `position_ids`, if given with several axes, are ``[A, 1, L]``."""
+        """That of a prompt whose `position_ids`, if given with several axes, are ``[A, 1, L]``: of
+        three that turn, where text goes on behind the farthest, or of the text's rows before them.
+        """
         given = inputs.get("position_ids")
         if given is None or given.dim() < 3:
             return cls()
-        return cls(given.shape[0], int(given.max()) + 1 - given.shape[2])
+        behind = (given.amax((1, 2)) + 1 - given.shape[2]).tolist()
+        return cls((*behind[:-3], *[max(behind[-3:])] * min(3, len(behind))))
 
     def positions(self, rows: torch.Tensor) -> torch.Tensor:
         """Row numbers ``[1, N]`` as the model takes them."""
-        return (rows + self.shift).expand(self.axes, -1, -1) if self.axes else rows
+        return torch.stack([rows + shift for shift in self.shifts]) if self.shifts else rows

@@ -1,127 +1,47 @@
-"""What an end-to-end comparison runs on: a pair of models, its tasks and the arms that fit them."""
+"""The embedded pair as a workload: its models, drafters and arms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from threading import Event
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from .adapters import mini_hidden, mini_pair
-from .arms import Arm, DecoderArm, HfArm, Task
-from .config import SpecConfig
-from .data.captions import QUESTIONS
-from .data.scenes import make_sample
-from .data.staging import Uploads
-from .drafters.base import Drafter, Request
-from .drafters.draft_model import ModelDrafter
-from .drafters.graph_draft import GraphDrafter
-from .drafters.merge import MergedDrafter
-from .drafters.ngram import NgramDrafter, NgramMemory
-from .engine import SpeculativeDecoder
-from .models import mini
-from .nf4_dense import keep_dense
-from .nf4_model import NF4Linear, quantize_model
-from .targets.base import Target
-from .targets.llama import LlamaTarget
-from .targets.tapped import TappedTarget
-from .targets.transformers import TransformersTarget
+from ..adapters import mini_hidden, mini_pair, mini_text
+from ..adapters.draft_folder import load_pair_draft
+from ..arms import Arm, DecoderArm, HfArm, Task
+from ..config import SpecConfig
+from ..data.captions import QUESTIONS
+from ..data.scenes import make_sample
+from ..data.staging import Uploads
+from ..drafters.base import Drafter, Request
+from ..drafters.draft_model import ModelDrafter
+from ..drafters.graph_draft import GraphDrafter
+from ..drafters.merge import MergedDrafter
+from ..drafters.ngram import NgramDrafter, NgramMemory
+from ..engine import SpeculativeDecoder
+from ..models import mini
+from ..targets.llama import LlamaTarget
+from ..targets.tapped import TappedTarget
+from .base import (
+    DRAFT_FLOOR,
+    MAX_MATCHING_NGRAM,
+    MEMORY_ENOUGH,
+    PLAIN,
+    Settings,
+    Workload,
+    build_target,
+    in_nf4,
+    unrelated_memory,
+)
+from .modes import Parts, mode_arms
 
-PLAIN = "target"
-ENGINES = ("transformers", "llama")
-WEIGHTS = ("float", "nf4")
-# Transformers' lookup of the longest repeated n-gram; 3 was its best setting on grounded prompts.
-MAX_MATCHING_NGRAM = 3
 OURS = ("draft", *mini_pair.ARMS, "ngram", "ngram_tree", "ngram_cold", "tree")
-# The draft model is asked where the memory expects fewer accepted tokens than this, and stops where
-# its own path is less likely than that. A compromise: in a sweep on 16 training scenes more asking
-# accepted more tokens and took more time, and the memory alone was the fastest.
-MEMORY_ENOUGH = 2.5
-DRAFT_FLOOR = 0.3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the arms of one run share.
-
-    Attributes:
-        gamma: draft tokens of a chain.
-        rows: rows of the merged tree.
-        prefill_fused: of every arm that drafts, see `SpecConfig`.
-        engine: of the target, one of `ENGINES`.
-        weights: of every model, one of `WEIGHTS`.
-        device: of the target, and of the draft models unless they have a `draft_device`.
-        adapters: folder of runs of `xspec train hidden`; `adapter_levels` and `adapter` choose.
-    """
-
-    gamma: int = 5
-    rows: int = 16
-    max_new_tokens: int = mini.MAX_NEW_TOKENS
-    prefill_fused: str = "exact"
-    engine: str = "transformers"
-    weights: str = "float"
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    backend: str = "auto"
-    draft_device: str = ""
-    adapters: Path | None = None
-    adapter_levels: str = ""
-    adapter: str = ""
-
-    @property
-    def drafting_device(self) -> str:
-        """Where draft models are."""
-        return self.draft_device or self.device
-
-
-@dataclass
-class Workload:
-    """Tasks and arms.
-
-    Attributes:
-        decode: ids to text.
-        seen: answers known verbatim before the run (None: not applicable).
-        files: closes what tasks read.
-    """
-
-    tasks: list[Task]
-    arms: dict[str, Callable[[], Arm]]
-    decode: Callable[[Sequence[int]], str]
-    seen: set[tuple[int, ...]] | None = None
-    facts: dict[str, object] = field(default_factory=dict)
-    files: ExitStack = field(default_factory=ExitStack)
-
-
-def build_target(model: PreTrainedModel, settings: Settings, capacity: int = 1024) -> Target:
-    """The target on its own kernels, or on ours."""
-    if settings.engine == "llama":
-        max_depth = 32 if settings.rows <= 32 and settings.gamma < 32 else 64
-        return LlamaTarget(model, capacity, settings.backend, max_depth=max_depth)
-    return TransformersTarget(model, capacity, settings.backend)
-
-
-def in_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its linear layers in NF4, quantized here unless they are so already; on a CPU
-    the layers keep dequantized copies, see `nf4_dense`.
-
-    Raises:
-        ValueError: it has none that can be quantized.
-    """
-    if not any(isinstance(module, NF4Linear) for module in model.modules()):
-        quantize_model(model)
-    keep_dense(model)
-    return model
-
-
-def unrelated_memory() -> NgramMemory:
-    """An empty memory for requests that have nothing to do with the ones before them."""
-    return NgramMemory(recency=0)
+# The draft model is asked where the memory expects fewer accepted tokens than this; adapters of
+# states: on 10 scenes of seed 1 as many accepted as if always asked.
+HEAD_ENOUGH = 4.0
 
 
 class MiniPair:
@@ -137,7 +57,9 @@ class MiniPair:
         self.target_model = self._load("target")
         self.target = build_target(self.target_model, settings)
         self.draft_model = self._load(draft)
-        self.state_arms = mini_hidden.state_arms(settings.adapters, settings.adapter_levels)
+        self.state_arms, self.text_arms = mini_text.trained_arms(
+            settings.adapters, settings.adapter_levels
+        )
 
     @cached_property
     def _tapped(self) -> TappedTarget:
@@ -153,8 +75,9 @@ class MiniPair:
     def _load(self, name: str):
         s = self.settings
         # Transformers' assistant stays beside its target.
-        device = s.drafting_device if name in ("draft", "draft_raw") else s.device
-        model = mini.load(name, device=device, dtype=s.dtype)
+        device = s.device if name in ("target", "assistant") else s.drafting_device
+        load = mini.load if name in mini.MODELS else load_pair_draft
+        model = load(name, device=device, dtype=s.dtype)
         return in_nf4(model) if s.weights == "nf4" else model
 
     def task(
@@ -199,12 +122,12 @@ class MiniPair:
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
-        """A fresh drafter of one of `OURS` or of `state_arms`; None: plain decoding."""
+        """A fresh drafter of one of `OURS`, `state_arms` or `text_arms`; None: plain decoding."""
         gamma = self.settings.gamma
         if name == PLAIN:
             return None
-        if name in self.state_arms:
-            return self._state_drafter(name)
+        if name in (*self.state_arms, *self.text_arms):
+            return self._trained_drafter(name)
         if name == "draft":
             return ModelDrafter(self.draft_model, gamma)
         if name in mini_pair.ARMS:
@@ -218,7 +141,7 @@ class MiniPair:
         draft = ModelDrafter(self.draft_model, gamma, siblings=2, floor=DRAFT_FLOOR)
         return MergedDrafter([memory, draft], enough=MEMORY_ENOUGH)
 
-    def _state_drafter(self, name: str) -> Drafter:
+    def _trained_drafter(self, name: str) -> Drafter:
         if name == mini_hidden.CONSTANT:
             return mini_hidden.constant_drafter(self.answers)
         s = self.settings
@@ -226,12 +149,19 @@ class MiniPair:
         def draft(model: str):
             return self._raw_draft if model == mini_hidden.DRAFT else self.draft_model
 
-        return mini_hidden.state_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._tapped)
+        if name in self.text_arms:
+            return mini_text.text_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._load)
+        head = mini_hidden.state_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._tapped)
+        if not name.startswith(mini_hidden.TREE):
+            return head
+        return MergedDrafter([NgramDrafter(self.memory(), online=True), head], name, HEAD_ENOUGH)
 
     def decoder(self, name: str) -> SpeculativeDecoder:
         """A decoder with the named drafter on the shared target."""
         s = self.settings
         rows = {PLAIN: 1, "tree": s.rows, "ngram_tree": s.rows}.get(name, s.gamma + 1)
+        if name.startswith(mini_hidden.TREE):
+            rows = s.rows
         config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,), s.prefill_fused)
         target = self._tapped if name in self.state_arms else self.target
         return SpeculativeDecoder(target, self.drafter(name), config)
@@ -292,12 +222,27 @@ class MiniPair:
                 **spoken,
             ),
             "hf_assisted": assisted,
-            **{name: ours(name) for name in (*OURS, *self.state_arms)},
+            **{name: ours(name) for name in (*OURS, *self.state_arms, *self.text_arms)},
+            **mode_arms(self._parts()),
         }
         seen = {tuple(a) for a in self.answers}
         record = {"pair": "embedded", "training_scenes_in_memory": len(self.answers)}
         return Workload(
             tasks, arms, lambda ids: mini.decode_answer(list(ids), self.tokenizer), seen, record
+        )
+
+    def _parts(self) -> Parts:
+        s = self.settings
+        return Parts(
+            self.target,
+            lambda: mini.load("target", device=s.drafting_device, dtype=s.dtype),
+            SpecConfig(s.rows, s.max_new_tokens, (mini.EOS,), s.prefill_fused),
+            self.target_model.config.get_text_config().num_hidden_layers,
+            s.gamma,
+            self.target.cache.capacity,
+            lambda: ModelDrafter(self.draft_model, s.gamma),
+            draft_ends=(mini.EOS,),
+            quantized=None if s.weights == "nf4" else in_nf4,
         )
 
     def _move(self, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from time import perf_counter
 
 from xspec_kernels import ranges
 
-from .arms import Arm, OnRound, Outcome, Task
-from .engine import SpeculativeDecoder
-from .overlap import Overlap
+from ..arms import Arm, OnRound, Outcome, Task
+from ..engine import SpeculativeDecoder
+from ..overlap import Overlap
 
 # Arms with a draft model that can work before the target does.
 OVERLAPPING = ("draft", "tree")
@@ -43,10 +43,12 @@ class PreparedArm:
 class OverlapArm:
     """One of our decoders, whose draft writes text in one of the modes of `overlap.MODES`."""
 
-    def __init__(self, name: str, decoder: SpeculativeDecoder, mode: str) -> None:
+    def __init__(
+        self, name: str, decoder: SpeculativeDecoder, mode: str, limit: int | None = None
+    ) -> None:
         self.name = name
         self.decoder = decoder
-        self.work = Overlap(decoder, mode)
+        self.work = Overlap(decoder, mode, limit)
 
     def run(self, task: Task, on_round: OnRound | None = None) -> Outcome:
         out = self.work.generate(task.prepare, task.request, on_round=on_round)

@@ -1,0 +1,1 @@
+"""What states that look alike are worth in tokens: `xspec analyze`."""

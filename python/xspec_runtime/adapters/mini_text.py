@@ -1,0 +1,98 @@
+"""Trained adapters of texts and tuned drafts as arms of the embedded pair's comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..drafters.adapter import AdapterDrafter, DraftText
+from ..drafters.base import Drafter, Request
+from ..drafters.draft_model import ModelDrafter
+from ..models import mini
+from .alignment import STATE_LEVELS
+from .checkpoint import load_adapter
+from .draft_folder import DRAFT_LEVELS
+from .mini_hidden import CONSTANT, state_arms
+from .mini_pair import HIDDEN
+from .mini_states import DRAFT
+from .runs import find_run, levels, run_record
+from .train_text import TEXT_LEVELS
+
+LEVELS = (*TEXT_LEVELS, *DRAFT_LEVELS)
+
+
+def trained_arms(folder: Path | None, chosen: str = "") -> tuple[list[str], list[str]]:
+    """The arms of `state_arms`, and those that the runs of `LEVELS` below `folder` give: a level's
+    lower-case name and the same with the draft hidden; a constant string beside them.
+
+    Args:
+        chosen: as of `state_arms`, with `LEVELS` besides.
+
+    Raises:
+        FileNotFoundError, ValueError: as `state_arms`.
+    """
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    own = [name for name in names if name in LEVELS]
+    others = [name for name in names if name not in LEVELS]
+    if folder is None:
+        return state_arms(None, chosen), []
+    if not names:
+        trained = set(levels(folder))
+        own = [level for level in LEVELS if level in trained]
+        of_states = bool(trained & set(STATE_LEVELS)) or not own
+    else:
+        of_states = bool(others)
+    states = state_arms(folder, ",".join(others)) if of_states else []
+    for level in own:
+        find_run(folder, level)
+    arms = [level.lower() + suffix for level in own for suffix in ("", HIDDEN)]
+    return states, arms if states else [CONSTANT, *arms]
+
+
+def text_drafter(
+    arm: str,
+    gamma: int,
+    folder: Path,
+    which: str,
+    draft: Callable[[str], PreTrainedModel],
+    tuned: Callable[[str], PreTrainedModel],
+) -> Drafter:
+    """A fresh drafter of one of `trained_arms` that is of no states.
+
+    Args:
+        which: the run, see `find_run`.
+        draft: the draft model of a name, `DRAFT` or another.
+        tuned: the draft model in a folder.
+
+    Raises:
+        ValueError, RuntimeError, FileNotFoundError: there is no such adapter, or it does not fit.
+    """
+    level, hidden = arm.removesuffix(HIDDEN).upper(), arm.endswith(HIDDEN)
+    at = find_run(folder, level, which)
+    if level in DRAFT_LEVELS:
+        kind = BlindDrafter if hidden else ModelDrafter
+        return kind(tuned(str(at)), gamma, name=arm)
+    text = None
+    if not hidden:
+        model = draft(run_record(at).get("draft") or DRAFT)
+        text = DraftText(model, (mini.EOS,), mini.MAX_NEW_TOKENS)
+    adapter = load_adapter(at, mini.VOCAB)
+    return AdapterDrafter(adapter, gamma, text, hide_draft=hidden, name=arm)
+
+
+class BlindDrafter(ModelDrafter):
+    """`ModelDrafter` that sees zeros in place of its event images: what it is worth then, it owes
+    to the question and to the target's own words.
+    """
+
+    def begin(self, request: Request) -> None:
+        """See `ModelDrafter.begin`."""
+        blind = {
+            name: torch.zeros_like(value) if value.is_floating_point() else value
+            for name, value in request.draft_inputs.items()
+        }
+        super().begin(replace(request, draft_inputs=blind))

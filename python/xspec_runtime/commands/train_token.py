@@ -1,0 +1,158 @@
+"""`xspec train token`: adapters from the draft's text to the target's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..cli import Command, run_cli
+from . import train_run as run_of
+from .train import train
+
+Size = Annotated[int | None, typer.Option(help="As published where not given.")]
+
+
+@train.command(cls=Command)
+def token(
+    pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
+    output_dir: run_of.OutputDir,
+    network: Annotated[
+        str,
+        typer.Option(
+            help="token (as shipped), token-bias (64 positions, a bias a token), or prefix, which "
+            "reads what the target has said."
+        ),
+    ] = "token",
+    target: Annotated[str, typer.Option(help="Whose vocabulary: mini, or a model's folder.")] = (
+        "mini"
+    ),
+    vocab_size: Annotated[int | None, typer.Option(help="In place of --target's.")] = None,
+    max_train_samples: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    scenes: Annotated[
+        int, typer.Option(help="Write the pairs of so many procedural scenes to PAIRS first.")
+    ] = 0,
+    num_epochs: run_of.NumEpochs = 50,
+    batch_size: run_of.BatchSize = 32,
+    learning_rate: run_of.LearningRate = 1e-4,
+    early_stopping: run_of.EarlyStopping = 10,
+    val_split: run_of.ValSplit = 0.1,
+    hidden_share: run_of.HiddenShare = 0.3,
+    position_decay: run_of.PositionDecay = 1.0,
+    label_smoothing: Annotated[float, typer.Option(help="Share of a label spread out.")] = 0.1,
+    gradient_accumulation: run_of.Accumulation = 1,
+    hidden_dim: Size = None,
+    num_layers: Size = None,
+    num_heads: Size = None,
+    ffn_dim: Size = None,
+    positions: Size = None,
+    dropout: Annotated[float | None, typer.Option(help="0.1 where not given.")] = None,
+    device: run_of.Device = "cpu",
+    seed: run_of.Seed = 0,
+    threads: run_of.Threads = 1,
+    debug: run_of.Debug = False,
+) -> None:
+    """Train a TokenAdapter or a prefix adapter; an interrupted run goes on where it stopped."""
+    layers = "encoder_layers" if network == "prefix" else "layers"
+    sizes = {
+        "width": hidden_dim, layers: num_layers, "heads": num_heads, "intermediate": ffn_dim,
+        "positions": positions, "dropout": dropout,
+    }  # fmt: skip
+    training = {
+        "epochs": num_epochs, "batch": batch_size, "rate": learning_rate, "seed": seed,
+        "patience": early_stopping, "held_out": val_split, "hidden_share": hidden_share,
+        "decay": position_decay, "smoothing": label_smoothing,
+        "accumulation": gradient_accumulation,
+    }  # fmt: skip
+    vocabulary = vocab_size if vocab_size is not None else target
+    run_cli(
+        lambda: _token(
+            pairs,
+            output_dir,
+            network,
+            vocabulary,
+            max_train_samples,
+            scenes,
+            training,
+            run_of.given(sizes),
+            device,
+            threads,
+        ),
+        debug,
+        "lower --batch-size, or raise --gradient-accumulation",
+    )
+
+
+def _token(
+    path: Path,
+    output_dir: Path,
+    network: str,
+    vocabulary: int | str,
+    limit: int | None,
+    scenes: int,
+    training: dict[str, Any],
+    sizes: dict[str, Any],
+    device: str,
+    threads: int,
+) -> None:
+    from ..adapters.mini_pairs import write_scene_pairs
+    from ..adapters.train_loop import split_rows
+    from ..adapters.train_text import (
+        NETWORKS,
+        TextTraining,
+        build,
+        constant_match,
+        open_text_pairs,
+        train_text,
+    )
+    from ..inputs import check_device
+
+    plan = TextTraining(**training)
+    check_device(device)
+    if scenes < 0:
+        raise ValueError(f"--scenes must be 0 or more, got {scenes}")
+    run_of.prepare(output_dir, threads)
+    size = vocabulary if isinstance(vocabulary, int) else _vocab_size(vocabulary)
+    if scenes and not path.exists():
+        run_of.alone("write the pairs of --scenes")
+        with Console(stderr=True).status(f"answers to {scenes} scenes"):
+            write_scene_pairs(path, scenes)
+    material = open_text_pairs(path, size, limit)
+    train_rows, held = split_rows(len(material), plan.held_out, material.folds)
+    build(network, material, sizes)
+    constant = constant_match(material.targets, train_rows, held)
+    material = material.to(device)
+    record = {
+        "network": network,
+        "pairs": str(path),
+        "digest": material.digest,
+        "draft": material.draft_name,
+        "train_answers": len(train_rows),
+        "val_answers": len(held),
+        "split": "by drive" if material.folds else "the last answers",
+        "constant_match": constant,
+    }
+    run_of.run_training(
+        NETWORKS[network],
+        output_dir,
+        plan,
+        lambda state, show: train_text(network, material, plan, sizes, state, show),
+        lambda: record,
+    )
+
+
+def _vocab_size(target: str) -> int:
+    """Of the model in a folder, or of the embedded pair."""
+    from ..files import read_json
+    from ..models import mini
+
+    if target == "mini":
+        return mini.VOCAB
+    values = read_json(Path(target) / "config.json", "configuration of a model")
+    values = values if isinstance(values, dict) else {}
+    size = (values.get("text_config") or values).get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{target} does not say its vocabulary: give --vocab-size")
+    return size

@@ -1,0 +1,1 @@
+"""The drop-in for transformers measured against `generate` and its prompt lookup."""

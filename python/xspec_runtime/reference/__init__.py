@@ -1,0 +1,1 @@
+"""docs/api.md and docs/commands.md, written from docstrings and from the commands' own help."""
