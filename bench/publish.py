@@ -17,6 +17,7 @@ from xspec_runtime.cli import Command, run_cli
 from xspec_runtime.drop_in.report import drop_in_markdown
 from xspec_runtime.files import read_json, read_text, write_text
 from xspec_runtime.plots import draw_speedups, draw_timeline
+from xspec_runtime.regret.report import clock_markdown
 from xspec_runtime.replay.run import replay_markdown
 from xspec_runtime.report import markdown_table
 
@@ -81,6 +82,8 @@ ADAPTER_TABLES = {
 GUIDE_TABLES = {
     "drop_in": (RESULTS / "drop_in_cpu.json", drop_in_markdown),
     "drop_in_overhead": (RESULTS / "drop_in_overhead_cpu.json", drop_in_markdown),
+    "modes": (RESULTS / "modes_cpu.json", markdown_table),
+    "regret": (RESULTS / "regret_cpu.json", clock_markdown),
 }
 # Documents by name: the folder that their links start from, and their tables.
 DOCUMENTS = {

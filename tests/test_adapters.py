@@ -22,9 +22,9 @@ from xspec_runtime.adapters import (
     load_adapter,
     save_adapter,
 )
-from xspec_runtime.adapters.mini_pair import ADAPTERS, ARMS, adapter_drafter, evaluate, unseen_pairs
-from xspec_runtime.adapters.train import pair_loss, predictions
-from xspec_runtime.adapters.train_mini import train_adapters
+from xspec_runtime.adapters.mini.pair import ADAPTERS, ARMS, adapter_drafter, evaluate, unseen_pairs
+from xspec_runtime.adapters.mini.train import train_adapters
+from xspec_runtime.adapters.training.pair_loss import pair_loss, predictions
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.data.captions import QUESTIONS
 from xspec_runtime.data.scenes import make_sample

@@ -35,9 +35,9 @@ from xspec_runtime.adapters.analysis.steps import (
 )
 from xspec_runtime.adapters.eagle import EagleConfig, EagleFusion
 from xspec_runtime.adapters.hidden import READS_DRAFT, HiddenAdapter, HiddenAdapterConfig
-from xspec_runtime.adapters.runs import write_run
-from xspec_runtime.adapters.score_states import score
-from xspec_runtime.adapters.states import ABSENT, States, open_states
+from xspec_runtime.adapters.scoring.steps import score
+from xspec_runtime.adapters.training.runs import write_run
+from xspec_runtime.adapters.training.states import ABSENT, States, open_states
 from xspec_runtime.commands import app
 from xspec_runtime.drafters.base import Request
 from xspec_runtime.drafters.hidden import HiddenDrafter

@@ -10,7 +10,7 @@ from xspec_runtime.adapters import alignment
 from xspec_runtime.adapters.alignment import STATE_LEVELS
 from xspec_runtime.adapters.eagle import EagleConfig, EagleFusion
 from xspec_runtime.adapters.hidden import READS_DRAFT, HiddenAdapter, HiddenAdapterConfig
-from xspec_runtime.adapters.score_states import StateAdapter
+from xspec_runtime.adapters.scoring.steps import StateAdapter
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import Drafter, Request
 from xspec_runtime.drafters.hidden import DraftStates, HiddenDrafter

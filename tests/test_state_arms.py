@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from xspec_runtime.adapters.hidden import HiddenAdapter, HiddenAdapterConfig
-from xspec_runtime.adapters.mini_hidden import constant_drafter, state_arms
-from xspec_runtime.adapters.mini_states import DRAFT, write_scene_states
-from xspec_runtime.adapters.runs import write_run
-from xspec_runtime.adapters.states import ABSENT, open_states, read_head
+from xspec_runtime.adapters.mini.hidden import constant_drafter, state_arms
+from xspec_runtime.adapters.mini.states import DRAFT, write_scene_states
+from xspec_runtime.adapters.training.runs import write_run
+from xspec_runtime.adapters.training.states import ABSENT, open_states, read_head
 from xspec_runtime.e2e import Options
 from xspec_runtime.models import mini
 from xspec_runtime.workloads import MiniPair

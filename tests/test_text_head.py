@@ -15,7 +15,7 @@ from xspec_runtime.adapters.text_head import (
     load_text_head,
     save_text_head,
 )
-from xspec_runtime.adapters.train_head import HeadTraining, train_text_head
+from xspec_runtime.adapters.training.head import HeadTraining, train_text_head
 from xspec_runtime.commands import app
 from xspec_runtime.drafters.base import Request
 from xspec_runtime.drafters.text_head import TextHeadDrafter

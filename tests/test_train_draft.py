@@ -13,9 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tiny
-from xspec_runtime.adapters.draft_answers import DraftAnswers, open_draft_answers
-from xspec_runtime.adapters.draft_folder import DRAFT_LEVELS, L6, L6_HEAD, load_draft, save_draft
-from xspec_runtime.adapters.draft_tuning import (
+from xspec_runtime.adapters.mini.states import FIRST_SEED, write_scene_states
+from xspec_runtime.adapters.mini.text import BlindDrafter, trained_arms
+from xspec_runtime.adapters.mini.texts import write_scene_pairs
+from xspec_runtime.adapters.training.draft_answers import DraftAnswers, open_draft_answers
+from xspec_runtime.adapters.training.draft_folder import (
+    DRAFT_LEVELS,
+    L6,
+    L6_HEAD,
+    load_draft,
+    save_draft,
+)
+from xspec_runtime.adapters.training.draft_tuning import (
     DraftLesson,
     DraftTraining,
     Lora,
@@ -23,12 +32,9 @@ from xspec_runtime.adapters.draft_tuning import (
     tune_draft,
     with_lora,
 )
-from xspec_runtime.adapters.mini_pairs import write_scene_pairs
-from xspec_runtime.adapters.mini_states import FIRST_SEED, write_scene_states
-from xspec_runtime.adapters.mini_text import BlindDrafter, trained_arms
-from xspec_runtime.adapters.runs import write_run
-from xspec_runtime.adapters.states import open_states, read_head
-from xspec_runtime.adapters.train_text import build, open_text_pairs
+from xspec_runtime.adapters.training.runs import write_run
+from xspec_runtime.adapters.training.states import open_states, read_head
+from xspec_runtime.adapters.training.text import build, open_text_pairs
 from xspec_runtime.commands import app
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.data.captions import QUESTIONS

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 
 from xspec_runtime.adapters import alignment, load_adapter, save_adapter
 from xspec_runtime.adapters.alignment import STATE_LEVELS
-from xspec_runtime.adapters.runs import adapter_folder, find_run, star, write_run
-from xspec_runtime.adapters.score_states import level_of, score
-from xspec_runtime.adapters.state_scores import figures_table, score_test
-from xspec_runtime.adapters.states import ABSENT, Batch, States, open_states, read_head
-from xspec_runtime.adapters.train_hidden import (
+from xspec_runtime.adapters.scoring.report import figures_table, score_test
+from xspec_runtime.adapters.scoring.steps import level_of, score
+from xspec_runtime.adapters.training.hidden import (
     HiddenTraining,
     build,
     train_hidden,
     weighted_loss,
 )
+from xspec_runtime.adapters.training.runs import adapter_folder, find_run, star, write_run
+from xspec_runtime.adapters.training.states import ABSENT, Batch, States, open_states, read_head
 from xspec_runtime.commands import app
 from xspec_runtime.extract import StateFolder
 
@@ -298,7 +298,7 @@ def test_runs_are_found_and_starred(tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """Folders of states that were read."""
-    from xspec_runtime.adapters import states as module
+    from xspec_runtime.adapters.training import states as module
 
     seen: list[Path] = []
     read = module.read_states

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from xspec_runtime.adapters import TokenAdapter, TokenAdapterConfig, alignment, load_adapter
 from xspec_runtime.adapters.base import PAD
-from xspec_runtime.adapters.mini_pairs import write_scene_pairs
+from xspec_runtime.adapters.mini.states import FIRST_SEED, SCORE_SEED, scenes_missing
+from xspec_runtime.adapters.mini.texts import write_scene_pairs
 from xspec_runtime.adapters.published import read_published
 from xspec_runtime.adapters.token_adapter import CONFIGURABLE
-from xspec_runtime.adapters.train import predictions
-from xspec_runtime.adapters.train_loop import fit, run_key, split_rows, validation_loss
-from xspec_runtime.adapters.train_text import (
+from xspec_runtime.adapters.training.loop import fit, run_key, split_rows, validation_loss
+from xspec_runtime.adapters.training.pair_loss import predictions
+from xspec_runtime.adapters.training.text import (
     NETWORKS,
     TextLesson,
     TextPairs,
@@ -32,6 +33,7 @@ from xspec_runtime.adapters.train_text import (
     train_text,
 )
 from xspec_runtime.commands import app
+from xspec_runtime.files import write_json
 from xspec_runtime.models import mini
 
 VOCAB, LENGTH = 24, 9
@@ -340,3 +342,21 @@ def test_scene_pairs_are_never_of_test_scenes(tmp_path):
     with pytest.raises(ValueError, match="seeds from 0"):
         write_scene_pairs(tmp_path / "p.json", 3, mini.TEST_SEED - 2)
     assert not (tmp_path / "p.json").exists()
+
+
+def test_scenes_of_another_number_are_not_taken_for_those_asked_for(tmp_path):
+    pairs, index = tmp_path / "pairs.json", tmp_path / "states" / "index.json"
+    origin = {"scenes": 20, "first_seed": FIRST_SEED}
+    assert scenes_missing(pairs, 20) and not scenes_missing(pairs, 0)
+    write_json(pairs, {**origin, "results": []})
+    index.parent.mkdir()
+    write_json(index, {"config": origin})
+    for file in (pairs, index):
+        assert not scenes_missing(file, 20) and not scenes_missing(file, 0)
+        with pytest.raises(ValueError, match=r"answers to 20 scenes from seed .* expected the 300"):
+            scenes_missing(file, 300)
+        with pytest.raises(ValueError, match="answers to 20 scenes"):
+            scenes_missing(file, 20, SCORE_SEED)
+    write_json(pairs, {"results": []})
+    with pytest.raises(ValueError, match="answers to no scenes"):
+        scenes_missing(pairs, 20)

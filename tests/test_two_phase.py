@@ -9,9 +9,9 @@ import torch
 
 from tiny import VOCAB, prompt, reference, tiny_llama
 from xspec_runtime.adapters.hidden import HiddenAdapter, HiddenAdapterConfig
-from xspec_runtime.adapters.mini_hidden import COMBINED, state_arms, state_drafter
-from xspec_runtime.adapters.mini_states import DRAFT
-from xspec_runtime.adapters.runs import write_run
+from xspec_runtime.adapters.mini.hidden import COMBINED, state_arms, state_drafter
+from xspec_runtime.adapters.mini.states import DRAFT
+from xspec_runtime.adapters.training.runs import write_run
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import Drafter, DraftTree, Request
 from xspec_runtime.drafters.hidden import HiddenDrafter

@@ -1,7 +1,8 @@
 """Adapters: small networks that turn what the draft said into tokens the target may say.
 
 One file a network, each with its configuration; `alignment` says which position predicts which,
-`checkpoint` reads and writes them, `train` has their losses, `mini_pair` the embedded pair's.
+`checkpoint` reads and writes them. `training`, `scoring` and `analysis` are about all of them,
+`mini` about the embedded pair's.
 """
 
 from __future__ import annotations

@@ -73,21 +73,22 @@ def _analyze(
     from ..adapters.analysis.report import print_analysis
     from ..adapters.analysis.run import analyze as measure
     from ..adapters.analysis.run import find_adapters, live_figures, write_analysis
-    from ..adapters.mini_states import SCORE_SEED, write_scene_states
-    from ..adapters.states import open_states, read_head
+    from ..adapters.mini.states import SCORE_SEED, scenes_missing, write_scene_states
+    from ..adapters.training.states import open_states, read_head
     from ..environment import environment
     from ..files import check_output
 
-    for name, value, least in (("scenes", scenes, 0), ("threads", threads, 0), ("gamma", gamma, 1)):
+    for name, value, least in (("threads", threads, 0), ("gamma", gamma, 1)):
         if value < least:
             raise ValueError(f"--{name} must be {least} or more, got {value}")
     check_output(output_dir / "results.json")
+    missing = scenes_missing(states / "index.json", scenes, SCORE_SEED)
     live = live_figures(e2e)
     if threads:
         torch.set_num_threads(threads)
     head = read_head(target)
     trained = find_adapters(runs, head.shape[0], level, adapter)
-    if scenes and not (states / "index.json").exists():
+    if missing:
         with Console(stderr=True).status(f"answers to {scenes} scenes"):
             write_scene_states(states, scenes, SCORE_SEED)
     material = open_states(states, head, pairs)

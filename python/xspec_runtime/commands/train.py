@@ -46,7 +46,7 @@ def _head(
     limit: int | None,
 ) -> None:
     from ..adapters.text_head import save_text_head
-    from ..adapters.train_head import HeadTraining, train_text_head
+    from ..adapters.training.head import HeadTraining, train_text_head
     from ..data.pairs import VOCAB_SIZE, read_pairs
     from ..files import check_output
 

@@ -16,7 +16,7 @@ from . import train_run as run_of
 from .train import train
 
 if TYPE_CHECKING:
-    from ..adapters.draft_tuning import Lora
+    from ..adapters.training.draft_tuning import Lora
 
 PairsFile = Annotated[
     Path, typer.Argument(help="Recorded pairs (.jsonl, or .json of `xspec extract`).")
@@ -84,8 +84,8 @@ def lora(
     values = locals()
 
     def work() -> None:
-        from ..adapters.draft_folder import L6
-        from ..adapters.draft_tuning import Lora, import_peft
+        from ..adapters.training.draft_folder import L6
+        from ..adapters.training.draft_tuning import Lora, import_peft
 
         import_peft()
         modules = tuple(name.strip() for name in lora_modules.split(",") if name.strip())
@@ -117,7 +117,7 @@ def lm_head(**values: Any) -> None:
     """
 
     def work() -> None:
-        from ..adapters.draft_folder import L6_HEAD
+        from ..adapters.training.draft_folder import L6_HEAD
 
         _tune(L6_HEAD, values, None)
 
@@ -127,10 +127,10 @@ def lm_head(**values: Any) -> None:
 def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
     import transformers
 
-    from ..adapters.draft_answers import open_draft_answers
-    from ..adapters.draft_folder import load_draft, save_draft
-    from ..adapters.draft_tuning import DraftTraining, tune_draft
-    from ..adapters.train_loop import split_rows
+    from ..adapters.training.draft_answers import open_draft_answers
+    from ..adapters.training.draft_folder import load_draft, save_draft
+    from ..adapters.training.draft_tuning import DraftTraining, tune_draft
+    from ..adapters.training.loop import split_rows
     from ..e2e_options import DTYPES
     from ..inputs import check_device
 
@@ -149,8 +149,7 @@ def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
     run_of.prepare(output_dir, values["threads"])
     transformers.utils.logging.disable_progress_bar()
     model = load_draft(draft, values["device"], DTYPES[values["dtype"]])
-    if not path.exists():
-        _write_pairs(path, model, values)
+    _write_pairs(path, model, values)
     answers = open_draft_answers(path, model, draft, values["target"], values["dataset_dir"])
     teacher = _teacher(values, path) if plan.kl_weight else None
     train_rows, held = split_rows(len(answers), plan.held_out, answers.folds)
@@ -181,15 +180,15 @@ def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
 
 
 def _write_pairs(path: Path, model, values: dict[str, Any]) -> None:
-    """The pairs of ``--scenes`` or of ``--prompts``; nothing where neither is asked for."""
-    from ..adapters.draft_answers import write_prompt_pairs
-    from ..adapters.mini_pairs import write_scene_pairs
+    """The pairs of ``--scenes`` or of ``--prompts``, where they are asked for and not there yet."""
+    from ..adapters.mini.states import scenes_missing
+    from ..adapters.mini.texts import write_scene_pairs
+    from ..adapters.training.draft_answers import write_prompt_pairs
     from ..files import read_lines
 
     scenes, prompts = values["scenes"], values["prompts"]
-    if scenes < 0:
-        raise ValueError(f"--scenes must be 0 or more, got {scenes}")
-    if not scenes and not prompts:
+    missing = scenes_missing(path, scenes)
+    if not missing and (path.exists() or not prompts):
         return
     run_of.alone("write the pairs of --scenes or --prompts")
     console = Console(stderr=True)
@@ -209,8 +208,8 @@ def _write_pairs(path: Path, model, values: dict[str, Any]) -> None:
 
 
 def _teacher(values: dict[str, Any], path: Path):
-    from ..adapters.draft_tuning import Teacher
-    from ..adapters.states import open_states, read_head
+    from ..adapters.training.draft_tuning import Teacher
+    from ..adapters.training.states import open_states, read_head
 
     head = read_head(values["target"] or "mini")
     return Teacher(open_states(values["states"], head, path), head)

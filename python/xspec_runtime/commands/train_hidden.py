@@ -87,16 +87,15 @@ def _hidden(
     sizes: dict,
     threads: int,
 ) -> None:
-    from ..adapters.mini_states import write_scene_states
-    from ..adapters.states import open_states, read_head
-    from ..adapters.train_hidden import HiddenTraining, train_hidden
+    from ..adapters.mini.states import scenes_missing, write_scene_states
+    from ..adapters.training.hidden import HiddenTraining, train_hidden
+    from ..adapters.training.states import open_states, read_head
 
     plan = HiddenTraining(**training)
     terms = plan.terms(level)
-    if scenes < 0:
-        raise ValueError(f"--scenes must be 0 or more, got {scenes}")
+    missing = scenes_missing(states / "index.json", scenes)
     run_of.prepare(output_dir, threads)
-    if scenes and not (states / "index.json").exists():
+    if missing:
         run_of.alone("write the states of --scenes")
         with Console(stderr=True).status(f"answers to {scenes} scenes"):
             write_scene_states(states, scenes)
@@ -129,7 +128,7 @@ def star(
     """Mark a run as the one of its level that `starred` stands for."""
 
     def work() -> None:
-        from ..adapters.runs import star as mark
+        from ..adapters.training.runs import star as mark
 
         Console().print(f"{mark(run)}: {run}", markup=False, highlight=False)
 
@@ -167,23 +166,21 @@ def _score(
     json_file: Path | None,
 ) -> None:
     from ..adapters.checkpoint import load_adapter
-    from ..adapters.mini_pairs import write_scene_pairs
-    from ..adapters.mini_states import SCORE_SEED, write_scene_states
-    from ..adapters.runs import adapter_folder, run_record
-    from ..adapters.state_scores import figures_table, score_test
-    from ..adapters.states import open_states, read_head
-    from ..adapters.text_scores import is_text_adapter, score_text_test
+    from ..adapters.mini.states import SCORE_SEED, scenes_missing, write_scene_states
+    from ..adapters.mini.texts import write_scene_pairs
+    from ..adapters.scoring.report import figures_table, score_test
+    from ..adapters.scoring.text import is_text_adapter, score_text_test
+    from ..adapters.training.runs import adapter_folder, run_record
+    from ..adapters.training.states import open_states, read_head
     from ..files import check_output, write_json
 
     if json_file:
         check_output(json_file)
     folder = adapter_folder(adapter, run, level)
-    if scenes < 0:
-        raise ValueError(f"--scenes must be 0 or more, got {scenes}")
     head = read_head(target)
     loaded = load_adapter(folder, head.shape[0])
     texts = is_text_adapter(loaded)
-    if scenes and not (states if texts else states / "index.json").exists():
+    if scenes_missing(states if texts else states / "index.json", scenes, SCORE_SEED):
         (write_scene_pairs if texts else write_scene_states)(states, scenes, SCORE_SEED)
     if texts:
         figures = score_text_test(loaded, run_record(folder), states)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 if TYPE_CHECKING:
-    from ..adapters.train_loop import Progress as OnStep
-    from ..adapters.train_loop import Training
+    from ..adapters.training.loop import Progress as OnStep
+    from ..adapters.training.loop import Training
 
 OutputDir = Annotated[Path, typer.Option(help="Folder of this run.")]
 NumEpochs = Annotated[int, typer.Option(help="Passes over the answers, at most.")]
@@ -79,8 +79,8 @@ def run_training(
     from dataclasses import asdict
 
     from ..adapters.checkpoint import save_adapter
-    from ..adapters.runs import write_run
-    from ..adapters.train_loop import processes
+    from ..adapters.training.loop import processes
+    from ..adapters.training.runs import write_run
     from ..environment import environment
 
     console = Console(stderr=True)

@@ -97,9 +97,10 @@ def _token(
     device: str,
     threads: int,
 ) -> None:
-    from ..adapters.mini_pairs import write_scene_pairs
-    from ..adapters.train_loop import split_rows
-    from ..adapters.train_text import (
+    from ..adapters.mini.states import scenes_missing
+    from ..adapters.mini.texts import write_scene_pairs
+    from ..adapters.training.loop import split_rows
+    from ..adapters.training.text import (
         NETWORKS,
         TextTraining,
         build,
@@ -111,11 +112,10 @@ def _token(
 
     plan = TextTraining(**training)
     check_device(device)
-    if scenes < 0:
-        raise ValueError(f"--scenes must be 0 or more, got {scenes}")
+    missing = scenes_missing(path, scenes)
     run_of.prepare(output_dir, threads)
     size = vocabulary if isinstance(vocabulary, int) else _vocab_size(vocabulary)
-    if scenes and not path.exists():
+    if missing:
         run_of.alone("write the pairs of --scenes")
         with Console(stderr=True).status(f"answers to {scenes} scenes"):
             write_scene_pairs(path, scenes)

@@ -21,7 +21,7 @@ import typer
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapters.train_mini import draft_texts, train_adapters
+from ..adapters.mini.train import draft_texts, train_adapters
 from ..cli import Command, Group, run_cli
 from ..files import check_output, replace_file
 from . import mini

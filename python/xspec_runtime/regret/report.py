@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +14,31 @@ COUNTED = ("v(M)", "drafter", "policy", "rows", "cost a token", "worst loss", "o
 
 def clock_table(results: Mapping[str, Any]) -> Table:
     """Times of the embedded pair, relative to plain decoding."""
-    low, high = results["plain_ratio"]["samples"]
     config = results["config"]
-    table = _table(
-        f"{config['samples']} scenes, {config['repeats']} repeats", CLOCK, 1,
+    title = f"{config['samples']} scenes, {config['repeats']} repeats"
+    table = _table(title, CLOCK, 1, _clock_note(results))
+    for row in _clock_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def clock_markdown(results: Mapping[str, Any]) -> str:
+    """The same for a document."""
+    lines = [CLOCK, ("---", *["---:"] * (len(CLOCK) - 1)), *_clock_rows(results)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", _clock_note(results)])
+
+
+def _clock_note(results: Mapping[str, Any]) -> str:
+    low, high = results["plain_ratio"]["samples"]
+    return (
         "Time relative to plain decoding of the same sample; a sample is slower where its median "
-        f"exceeds that of plain decoding against itself ({low:.3f}-{high:.3f}, 95 %).",
-    )  # fmt: skip
+        f"exceeds that of plain decoding against itself ({low:.3f}-{high:.3f}, 95 %)."
+    )
+
+
+def _clock_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for arm in results["arms"]:
-        table.add_row(
+        yield (
             arm["name"],
             f"{arm['slower_samples']:.0%}",
             f"{arm['slower_runs']:.0%}",
@@ -30,7 +46,6 @@ def clock_table(results: Mapping[str, Any]) -> Table:
             f"{arm['worst_sample']:.3f}",
             f"{arm['speedup']:.2f}x",
         )
-    return table
 
 
 def counted_table(results: Mapping[str, Any]) -> Table:

@@ -169,7 +169,7 @@ def _shipped(name: str) -> Callable[[Training, Variant], Drafter]:
     """An adapter of the embedded pair, on the text of its draft model."""
 
     def make(training: Training, variant: Variant) -> Drafter:
-        from ..adapters.mini_pair import HIDDEN, adapter_drafter
+        from ..adapters.mini.pair import HIDDEN, adapter_drafter
         from ..models import mini
 
         if variant.hide_draft:

@@ -41,7 +41,7 @@ def _recorded(request: Request) -> Sequence[int]:
 
 def _trained(training: Training) -> TextHead:
     from ..adapters.text_head import load_text_head, save_text_head
-    from ..adapters.train_head import train_text_head
+    from ..adapters.training.head import train_text_head
 
     vocab_size = VOCAB_SIZE
     if training.models is not None:

@@ -9,8 +9,10 @@ from threading import Event
 import numpy as np
 import torch
 
-from ..adapters import mini_hidden, mini_pair, mini_text
-from ..adapters.draft_folder import load_pair_draft
+from ..adapters.mini import hidden as mini_hidden
+from ..adapters.mini import pair as mini_pair
+from ..adapters.mini import text as mini_text
+from ..adapters.training.draft_folder import load_pair_draft
 from ..arms import Arm, DecoderArm, HfArm, Task
 from ..config import SpecConfig
 from ..data.captions import QUESTIONS

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.draft_folder import load_float
+from ..adapters.training.draft_folder import load_float
 from ..arms import Arm, DecoderArm, HfArm, Task
 from ..calibration import calibrate
 from ..config import SpecConfig

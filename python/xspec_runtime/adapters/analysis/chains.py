@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from .. import alignment
 from ..hidden import READS_DRAFT, READS_TARGET
-from ..score_states import StateAdapter, level_of, predict, wanted
-from ..states import Batch, States
+from ..scoring.steps import StateAdapter, level_of, predict, wanted
+from ..training.states import Batch, States
 from .steps import run_lengths
 
 GROUP = 8  # answers whose chains are kept at once

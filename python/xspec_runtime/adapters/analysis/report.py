@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...evaluate.report import Table
-from ..mini_pair import HIDDEN
+from ..mini.pair import HIDDEN
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,11 +14,11 @@ from ...result_schema import validate_results
 from ..alignment import EAGLE, STATE_LEVELS
 from ..checkpoint import load_adapter
 from ..hidden import READS_DRAFT
-from ..mini_pair import HIDDEN
-from ..runs import BEST, adapter_folder, levels, run_record
-from ..score_states import StateAdapter, level_of
-from ..state_scores import check_test
-from ..states import States
+from ..mini.pair import HIDDEN
+from ..scoring.report import check_test
+from ..scoring.steps import StateAdapter, level_of
+from ..training.runs import BEST, adapter_folder, levels, run_record
+from ..training.states import States
 from .chains import chains, predicted_features, replay, viability
 from .published import acceptance_metrics, comparison_markdown, position_stats
 from .report import SCHEMA, results_markdown

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from ...metrics.similarity import accept_at, consecutive_similar, cosine
 from .. import alignment
-from ..score_states import ROWS, StateAdapter, level_of, predict, wanted
-from ..states import States
+from ..scoring.steps import ROWS, StateAdapter, level_of, predict, wanted
+from ..training.states import States
 
 TAUS = (0.80, 0.85, 0.90, 0.92, 0.95, 0.98, 0.99)
 BASE = "B1"  # reads what the target says; the levels that read the draft alone are compared with it

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import existing_file, read_json, write_json, write_text
-from ..plots import OTHERS, OURS, new_figure, save_figure
-from .checkpoint import save_adapter
+from ...files import existing_file, read_json, write_json, write_text
+from ...plots import OTHERS, OURS, new_figure, save_figure
+from ..checkpoint import save_adapter
 
 SCHEMA = "xspec.adapter_run/1"
 STAR = "starred"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.pairs import known_drives, read_pairs
-from ..extract import read_states
-from ..files import existing_file, read_json
-from ..models import mini
-from .train_loop import split_rows
+from ...data.pairs import known_drives, read_pairs
+from ...extract import read_states
+from ...files import existing_file, read_json
+from ...models import mini
+from .loop import split_rows
 
 ABSENT = -1  # stands for a token behind the end of an answer
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "weight")

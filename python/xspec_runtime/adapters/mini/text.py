@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..drafters.adapter import AdapterDrafter, DraftText
-from ..drafters.base import Drafter, Request
-from ..drafters.draft_model import ModelDrafter
-from ..models import mini
-from .alignment import STATE_LEVELS
-from .checkpoint import load_adapter
-from .draft_folder import DRAFT_LEVELS
-from .mini_hidden import CONSTANT, state_arms
-from .mini_pair import HIDDEN
-from .mini_states import DRAFT
-from .runs import find_run, levels, run_record
-from .train_text import TEXT_LEVELS
+from ...drafters.adapter import AdapterDrafter, DraftText
+from ...drafters.base import Drafter, Request
+from ...drafters.draft_model import ModelDrafter
+from ...models import mini
+from ..alignment import STATE_LEVELS
+from ..checkpoint import load_adapter
+from ..training.draft_folder import DRAFT_LEVELS
+from ..training.runs import find_run, levels, run_record
+from ..training.text import TEXT_LEVELS
+from .hidden import CONSTANT, state_arms
+from .pair import HIDDEN
+from .states import DRAFT
 
 LEVELS = (*TEXT_LEVELS, *DRAFT_LEVELS)
 

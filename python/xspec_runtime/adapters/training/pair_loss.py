@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from . import alignment
-from .base import PAD
-from .prefix_adapter import PrefixAdapter
-from .token_adapter import TokenAdapter
-from .train_loop import HIDDEN_SHARE
+from .. import alignment
+from ..base import PAD
+from ..prefix_adapter import PrefixAdapter
+from ..token_adapter import TokenAdapter
+from .loop import HIDDEN_SHARE
 
 Loss = Callable[[int, torch.Generator], torch.Tensor]
 BATCH = 32

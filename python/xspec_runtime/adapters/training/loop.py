@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..files import replace_file
+from ...files import replace_file
 
 HIDDEN_SHARE = 0.3
 Progress = Callable[[int, int, float], None]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..metrics.similarity import consecutive_similar, cosine, published_similarity
-from . import alignment
-from .eagle import EagleFusion
-from .hidden import READS_DRAFT, HiddenAdapter
-from .states import Batch, States
+from ...metrics.similarity import consecutive_similar, cosine, published_similarity
+from .. import alignment
+from ..eagle import EagleFusion
+from ..hidden import READS_DRAFT, HiddenAdapter
+from ..training.states import Batch, States
 
 HIGH = 0.9  # the similarity that the research called accepted
 FIRST = 16  # positions listed one by one

@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..data.dsec import open_dataset
-from ..data.events import event_images, load_events
-from ..data.images import resize
-from ..data.pairs import Pair, known_drives, read_pairs
-from ..data.scenes import make_sample
-from ..files import write_json
-from ..models import mini
-from ..models.eventgpt import EventGPTForConditionalGeneration
-from ..models.eventgpt_prompt import eventgpt_inputs
-from ..vocab import load_tokenizer
-from ..workloads.text import chat_ids
-from .base import PAD
+from ...data.dsec import open_dataset
+from ...data.events import event_images, load_events
+from ...data.images import resize
+from ...data.pairs import Pair, known_drives, read_pairs
+from ...data.scenes import make_sample
+from ...files import write_json
+from ...models import mini
+from ...models.eventgpt import EventGPTForConditionalGeneration
+from ...models.eventgpt_prompt import eventgpt_inputs
+from ...vocab import load_tokenizer
+from ...workloads.text import chat_ids
+from ..base import PAD
 from .draft_folder import load_float
-from .train_text import header, padded
+from .text import header, padded
 
 Inputs = Mapping[str, torch.Tensor]
 KEPT = 256  # prompts of a dataset in memory: each holds its event images

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..data.pairs import known_drives, read_pairs
-from ..files import read_json
-from . import alignment
-from .base import PAD
-from .prefix_adapter import PrefixAdapter, PrefixAdapterConfig
-from .token_adapter import CONFIGURABLE, TokenAdapter, TokenAdapterConfig
-from .train import check_pairs, predictions
-from .train_loop import Progress, Training, fit, run_key, split_rows
+from ...data.pairs import known_drives, read_pairs
+from ...files import read_json
+from .. import alignment
+from ..base import PAD
+from ..prefix_adapter import PrefixAdapter, PrefixAdapterConfig
+from ..token_adapter import CONFIGURABLE, TokenAdapter, TokenAdapterConfig
+from .loop import Progress, Training, fit, run_key, split_rows
+from .pair_loss import check_pairs, predictions
 
 TOKEN, PREFIX = "TOKEN", "PREFIX"
 TEXT_LEVELS = (TOKEN, PREFIX)
@@ -132,7 +132,7 @@ def build(network: str, pairs: TextPairs, sizes: Mapping[str, Any]) -> TextAdapt
 
 @dataclass(frozen=True)
 class TextLesson:
-    """An adapter and the texts it learns from, see `train_loop.Lesson`."""
+    """An adapter and the texts it learns from, see `loop.Lesson`."""
 
     module: TextAdapter
     pairs: TextPairs

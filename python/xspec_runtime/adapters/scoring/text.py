@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..data.pairs import read_pairs
-from ..drafters.adapter import AdapterDrafter
-from .mini_pair import recorded_text, replay_figures
-from .prefix_adapter import PrefixAdapter
-from .token_adapter import TokenAdapter
-from .train_text import PREFIX, TOKEN, TextAdapter, open_text_pairs, score_texts
+from ...data.pairs import read_pairs
+from ...drafters.adapter import AdapterDrafter
+from ..mini.pair import recorded_text, replay_figures
+from ..prefix_adapter import PrefixAdapter
+from ..token_adapter import TokenAdapter
+from ..training.text import PREFIX, TOKEN, TextAdapter, open_text_pairs, score_texts
 
 GAMMA = 5
 

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..files import check_output, read_json
-from ..models import mini
-from ..models.eventgpt import EventGPTForConditionalGeneration
+from ...files import check_output, read_json
+from ...models import mini
+from ...models.eventgpt import EventGPTForConditionalGeneration
 
 L6, L6_HEAD = "L6", "L6HEAD"
 DRAFT_LEVELS = (L6, L6_HEAD)  # low-rank changes, the language-model head alone

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..files import replace_file
-from .text_head import UNKNOWN, TextHead, TextHeadConfig
+from ...files import replace_file
+from ..text_head import UNKNOWN, TextHead, TextHeadConfig
 
 PAD = -1  # behind short answers
 TEMPERATURES = np.geomspace(0.5, 2.0, 61)

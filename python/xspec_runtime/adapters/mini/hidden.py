@@ -7,18 +7,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..data.pairs import Pair
-from ..drafters.base import Drafter
-from ..drafters.hidden import DraftSource, DraftStates, HiddenDrafter
-from ..drafters.two_phase import SharedStates, TwoPhaseDrafter
-from ..models import mini
-from ..replay.arms import SOURCES, Training, Variant
-from ..targets.tapped import TappedTarget
-from .alignment import AHEAD, STATE_LEVELS
-from .checkpoint import load_adapter
-from .mini_pair import HIDDEN
-from .mini_states import DRAFT
-from .runs import find_run, levels, run_record
+from ...data.pairs import Pair
+from ...drafters.base import Drafter
+from ...drafters.hidden import DraftSource, DraftStates, HiddenDrafter
+from ...drafters.two_phase import SharedStates, TwoPhaseDrafter
+from ...models import mini
+from ...replay.arms import SOURCES, Training, Variant
+from ...targets.tapped import TappedTarget
+from ..alignment import AHEAD, STATE_LEVELS
+from ..checkpoint import load_adapter
+from ..training.runs import find_run, levels, run_record
+from .pair import HIDDEN
+from .states import DRAFT
 
 CONSTANT = "constant"
 # B1 reads no draft, so there is nothing to hide from it.

@@ -1,4 +1,4 @@
-"""Adapters of the embedded pair: their files, drafters and measure; `train_mini` trains them."""
+"""Adapters of the embedded pair: their files, drafters and measure; `train` trains them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..data.captions import QUESTIONS
-from ..data.pairs import Pair
-from ..data.scenes import make_sample
-from ..drafters.adapter import AdapterDrafter, DraftText
-from ..drafters.base import Drafter, Request
-from ..drafters.ngram import NgramDrafter, NgramMemory
-from ..metrics import acceptance_rate, tokens_per_verify
-from ..models import mini
-from ..replay.arms import RECORDED_DRAFT, replay_arms
-from ..replay.run import replay
-from .base import Adapter
-from .checkpoint import load_adapter
+from ...data.captions import QUESTIONS
+from ...data.pairs import Pair
+from ...data.scenes import make_sample
+from ...drafters.adapter import AdapterDrafter, DraftText
+from ...drafters.base import Drafter, Request
+from ...drafters.ngram import NgramDrafter, NgramMemory
+from ...metrics import acceptance_rate, tokens_per_verify
+from ...models import mini
+from ...replay.arms import RECORDED_DRAFT, replay_arms
+from ...replay.run import replay
+from ..base import Adapter
+from ..checkpoint import load_adapter
 
 # The position-wise map of the published structure, and the one that sees the verified prefix.
 ADAPTERS = ("adapter", "adapter_prefix")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.captions import QUESTIONS
-from ..data.scenes import make_sample
-from ..files import write_json
-from ..models import mini
-from .mini_pair import greedy_drafts, greedy_targets
-from .mini_states import DRAFT, FIRST_SEED, check_seeds
+from ...data.captions import QUESTIONS
+from ...data.scenes import make_sample
+from ...files import write_json
+from ...models import mini
+from .pair import greedy_drafts, greedy_targets
+from .states import DRAFT, FIRST_SEED, check_seeds
 
 
 def write_scene_pairs(path: Path, count: int, first: int = FIRST_SEED) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import alignment
-from .eagle import EagleConfig, EagleFusion
-from .hidden import READS_DRAFT, HiddenAdapter, HiddenAdapterConfig
-from .score_states import StateAdapter, level_of, predict, score, wanted
+from .. import alignment
+from ..eagle import EagleConfig, EagleFusion
+from ..hidden import READS_DRAFT, HiddenAdapter, HiddenAdapterConfig
+from ..scoring.steps import StateAdapter, level_of, predict, score, wanted
+from .loop import Progress, Training, fit, run_key
 from .states import Batch, States
-from .train_loop import Progress, Training, fit, run_key
 
 TERMS = ("mse", "cos", "kl", "ce")
 # Published weights of the terms; EAGLE's cross entropy smooths its labels.
@@ -107,7 +107,7 @@ def weighted_loss(
 
 @dataclass(frozen=True)
 class StateLesson:
-    """An adapter and the states it learns from, see `train_loop.Lesson`."""
+    """An adapter and the states it learns from, see `loop.Lesson`."""
 
     module: StateAdapter
     states: States

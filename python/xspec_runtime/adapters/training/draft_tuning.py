@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from .draft_answers import DraftAnswers
 from .draft_folder import DRAFT_LEVELS, L6
+from .loop import Progress, Training, fit, run_key, split_rows
 from .states import States
-from .train_loop import Progress, Training, fit, run_key, split_rows
-from .train_text import Tally
+from .text import Tally
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -143,7 +143,7 @@ def with_own_head(model: PreTrainedModel) -> nn.Module:
 
 @dataclass(frozen=True)
 class DraftLesson:
-    """A draft model and the answers it is tuned on, see `train_loop.Lesson`."""
+    """A draft model and the answers it is tuned on, see `loop.Lesson`."""
 
     module: nn.Module
     answers: DraftAnswers

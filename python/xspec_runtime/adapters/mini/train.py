@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..files import replace_file
-from ..models import mini
-from ..models.mini_run import Run, pad
-from .checkpoint import save_adapter
-from .mini_pair import ADAPTERS, greedy_drafts
-from .prefix_adapter import PrefixAdapter, PrefixAdapterConfig
-from .token_adapter import TokenAdapter, TokenAdapterConfig
-from .train import pair_loss
+from ...files import replace_file
+from ...models import mini
+from ...models.mini_run import Run, pad
+from ..checkpoint import save_adapter
+from ..prefix_adapter import PrefixAdapter, PrefixAdapterConfig
+from ..token_adapter import TokenAdapter, TokenAdapterConfig
+from ..training.pair_loss import pair_loss
+from .pair import ADAPTERS, greedy_drafts
 
 STEPS = {"adapter": 300, "adapter_prefix": 1000}
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.captions import QUESTIONS
-from ..data.scenes import make_sample
-from ..extract import StateFolder
-from ..models import mini
-from .mini_pair import BATCH, greedy_drafts, greedy_targets
+from ...data.captions import QUESTIONS
+from ...data.scenes import make_sample
+from ...extract import StateFolder
+from ...files import read_json
+from ...models import mini
+from .pair import BATCH, greedy_drafts, greedy_targets
 
 # Scenes from these seeds on are in no other training, and below those of the end-to-end runs.
 FIRST_SEED = 500_000
@@ -49,6 +50,30 @@ def write_scene_states(folder: Path, count: int, first: int = FIRST_SEED) -> Non
             store.add(keys[-1], {"draft": of_draft, "target": of_target})
     config = {"draft": DRAFT, "target": "target", "scenes": count, "first_seed": first}
     store.pack(keys, BATCH, config)
+
+
+def scenes_missing(file: Path, count: int, first: int = FIRST_SEED) -> bool:
+    """Whether answers to `count` scenes are asked for and not there yet; 0 asks for none.
+
+    Args:
+        file: of pairs, or the ``index.json`` of a folder of states.
+
+    Raises:
+        ValueError: `count` is negative, or the file holds other scenes.
+    """
+    if count < 0:
+        raise ValueError(f"--scenes must be 0 or more, got {count}")
+    if not count or not file.exists():
+        return count > 0
+    found = read_json(file, "answers to scenes")
+    origin = found.get("config", found) if isinstance(found, dict) else {}
+    have = origin.get("scenes"), origin.get("first_seed")
+    if have != (count, first):
+        raise ValueError(
+            f"{file} holds answers to {have[0] or 'no'} scenes from seed {have[1]} on, expected "
+            f"the {count} from {first} on that --scenes asks for: leave it out, or name a new place"
+        )
+    return False
 
 
 def check_seeds(count: int, first: int) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .hidden import READS_DRAFT, HiddenAdapter
-from .score_states import StateAdapter, level_of, score
-from .states import States
+from ..hidden import READS_DRAFT, HiddenAdapter
+from ..training.states import States
+from .steps import StateAdapter, level_of, score
 
 if TYPE_CHECKING:
     from rich.table import Table

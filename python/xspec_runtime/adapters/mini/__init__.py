@@ -1,0 +1,1 @@
+"""Adapters of the embedded pair: material, training, drafters, arms."""

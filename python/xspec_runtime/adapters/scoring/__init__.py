@@ -1,0 +1,1 @@
+"""What trained adapters are worth on answers kept for a test."""

@@ -1,0 +1,1 @@
+"""Training of adapters and of draft models: data, losses, the loop, folders of runs."""
