@@ -15,6 +15,7 @@ from xspec_runtime.gpu import PHASES, suite
 from xspec_runtime.gpu.check import OPS
 from xspec_runtime.gpu.parts import Context, Options, Part, Skip, execute
 from xspec_runtime.gpu.record import validate_gpu_results
+from xspec_runtime.overlap import MODES
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_suite.py"
 
@@ -90,6 +91,22 @@ def test_dry_run_measures_every_kind(dry):
     for row in kernels:
         assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert (row["torch_us"] is None) == (row["op"] == "rope_append")
+    prefill = found["phases"]["prefill"]["parts"]
+    rows = [row for name in ("bf16", "nf4") for row in prefill[name]["data"]["prefill"]]
+    ours = {("bf16", "xspec eager"), ("bf16", "xspec graph"), ("nf4", "xspec eager"),
+            ("nf4", "xspec graph")}  # fmt: skip
+    assert {(row["weights"], row["backend"]) for row in rows} == ours | {("bf16", "transformers")}
+    for row in (*rows, *prefill["vision"]["data"]["vision"]):
+        assert row["ratio"] == pytest.approx(row["ms"] / row["bound_ms"])
+    overlap = found["phases"]["overlap"]["parts"]
+    modes = overlap["requests"]["data"]["overlap"]
+    assert [row["mode"] for row in modes] == ["none", *MODES]
+    assert all(row["ttft_ms"] >= 4.0 for row in modes)
+    assert {"target", "draft", "apart", "branches"} == set(
+        overlap["prefills"]["data"]["prefills_ms"]
+    )
+    full = found["phases"]["full_size"]["parts"]["bf16"]["data"]["arms"]
+    assert full["plain"]["round"]["readbacks_per_round"] == 1.0
     nf4 = found["phases"]["baseline"]["parts"]["nf4_bitsandbytes"]
     if nf4["status"] == "skipped":
         assert "make gpu-bundle" in nf4["message"]

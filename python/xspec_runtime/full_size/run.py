@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import random
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from time import perf_counter
 
 import torch
 
+from xspec_kernels import ranges
+
 from ..arms import HfArm, Outcome, Task
 from ..config import SpecConfig
-from ..drafters.base import Request
+from ..drafters.base import Drafter, Request
 from ..drafters.graph_draft import GraphDrafter
 from ..drafters.memory import NgramMemory
 from ..drafters.ngram import NgramDrafter
@@ -23,10 +26,12 @@ from ..engine import SpeculativeDecoder
 from ..environment import environment
 from ..gpu.clock import rotated
 from ..nf4_model import quantize_model
+from ..profiling.figures import figures, read_timeline
 from ..profiling.timeline import length, union
 from ..targets.llama import LlamaTarget
 from ..targets.llama_weights import LlamaWeights
 from ..verify_cost.stage import find_config, random_model
+from .adapters import state_pass, token_adapter_tail
 from .imposed import ImposedTarget, ImposedTree, imposed_drafts, script
 from .oracle import Oracle, made_up, oracles_of_pairs, read_oracle
 from .peers import ResearchLoop, with_bitsandbytes
@@ -37,6 +42,11 @@ NOTICE = (
     "random weights, language models only; every pass is computed, accepted lengths are imposed"
 )
 MEMORY_ANSWERS = 200
+# Of `profiling.figures`.
+ROUND = (
+    *("launches_per_round", "cuda_waits_per_round", "readbacks_per_round"),
+    *("gpu_busy_per_round_ms", "gpu_rest", "gap"),
+)
 
 Run = Callable[[int], Outcome]
 
@@ -94,7 +104,7 @@ def run_full_size(options: Options, log: Callable[[str], None]) -> dict:
     shape, oracles = _checked(options)
     log(NOTICE)
     log(f"memory tree: {oracles[0].source}; draft's chain: {oracles[1].source}")
-    figures, skipped = {}, {}
+    table, skipped = {}, {}
     # Each group of arms holds its models alone: the peaks are its own.
     for make in (_peer_arms, _our_arms) if options.peers else (_our_arms,):
         _reset(options.device)
@@ -107,11 +117,11 @@ def run_full_size(options: Options, log: Callable[[str], None]) -> dict:
             torch.cuda.reset_peak_memory_stats()
         samples = _measure(arms, options.device, shape.repeats)
         peak = torch.cuda.max_memory_allocated() if options.device != "cpu" else None
-        for name, (outcomes, gpu_ms) in samples.items():
-            figures[name] = _figures(outcomes, gpu_ms, options.window_ms) | {"peak_bytes": peak}
+        for name, (outcomes, profiled) in samples.items():
+            table[name] = _figures(outcomes, options.window_ms) | profiled | {"peak_bytes": peak}
         del arms
-    for name, one in figures.items():
-        plain = figures["plain"]
+    for name, one in table.items():
+        plain = table["plain"]
         for key in ("decode_ms", "gpu_ms", "total_ms"):
             known = one[key] and plain[key]
             one[f"speedup_{key.removesuffix('_ms')}"] = plain[key] / one[key] if known else None
@@ -128,7 +138,7 @@ def run_full_size(options: Options, log: Callable[[str], None]) -> dict:
         "window_ms": options.window_ms,
         "seed": options.seed,
         "oracles": [{"source": o.source, "mean": o.mean} for o in oracles],
-        "arms": figures,
+        "arms": table,
         "skipped": skipped,
     }
 
@@ -194,16 +204,25 @@ def _our_arms(
         return LlamaWeights.of(model, share=True)
 
     room = tokens + options.rows + options.gamma + 1
-    target = ImposedTarget(weights(options.seed), answer, capacity=shape.prompt_tokens + room)
+    target = ImposedTarget(
+        weights(options.seed), answer, draft_oracle, capacity=shape.prompt_tokens + room,
+        graphs=True if options.device == "cpu" else "auto",
+    )  # fmt: skip
     draft_target = LlamaTarget(weights(options.seed + 1), shape.draft_prompt_tokens + room)
     draft = GraphDrafter(draft_target, options.gamma)
     rng = random.Random(options.seed)
     memory = NgramMemory()
     memory.extend([[rng.randrange(vocab) for _ in range(tokens)] for _ in range(MEMORY_ANSWERS)])
 
-    def arm(fused: str, drafts: bool, trees: bool) -> Run:
-        rows = options.rows if trees else options.gamma + 1 if drafts else 1
-        tree = ImposedTree(NgramDrafter(memory, False), answer, vocab, oracle) if trees else None
+    def arm(
+        fused: str,
+        drafts: bool,
+        trees: bool,
+        adapter: Callable[[], object] = lambda: None,
+        tail: Drafter | None = None,
+    ) -> Run:
+        rows = options.rows if trees else options.gamma + 1 if drafts or tail else 1
+        tree = ImposedTree(NgramDrafter(memory, False), answer, vocab, oracle) if trees else tail
         # A chain that rides in the prefill, or seeds a tree, may be longer than the tree.
         config = SpecConfig(max(rows, options.gamma + 1) if drafts else rows, tokens,
                             prefill_fused=fused)  # fmt: skip
@@ -214,6 +233,7 @@ def _our_arms(
             if drafts:
                 draft.begin(task.request)
                 said = draft.opening(options.gamma)
+                adapter()
                 drafted = imposed_drafts(said, answer, vocab, draft_oracle[number])
             begin_ms = 1e3 * (perf_counter() - start) if drafts else 0.0
             out = decoder.generate(task.inputs, task.request, drafted=drafted)
@@ -227,13 +247,20 @@ def _our_arms(
 
         return run
 
-    return {
+    tiny = options.shape == "tiny"
+    mapped = state_pass(target, options.gamma, tiny, options.seed)
+    arms = {
         "plain": arm("off", False, False),
         "separate_verify": arm("exact", True, False),
+        "l4_verify": arm("exact", True, False, mapped),
         "fused_exact": arm("exact", True, True),
         "fused_fast": arm("fast", True, True),
         "memory_tree": arm("off", False, True),
-    }, {}
+    }
+    if not target.graphs:
+        return arms, {"adapter_tail": "the target has no graphs: its ops are not Triton's"}
+    tail = token_adapter_tail(target, draft, options.gamma, tiny)
+    return arms | {"adapter_tail": arm("off", False, False, tail=tail)}, {}
 
 
 def _peer_arms(
@@ -265,30 +292,49 @@ def _peer_arms(
 
 def _measure(
     arms: Mapping[str, Run], device: str, repeats: int
-) -> dict[str, tuple[list[Outcome], float | None]]:
-    """Outcomes of every arm after one request that warms it up, and its busy time on the GPU."""
+) -> dict[str, tuple[list[Outcome], dict]]:
+    """Outcomes of every arm after one request that warms it up, and what a profiler saw."""
     found: dict[str, list[Outcome]] = {name: [] for name in arms}
     for run in arms.values():
         run(0)
     for i, name in enumerate(rotated(list(arms), repeats) if arms else ()):
         found[name].append(arms[name](i // len(arms)))
-    return {name: (found[name], _busy_ms(run, device)) for name, run in arms.items()}
+    return {
+        name: (found[name], _profiled(run, device, bool(found[name] and found[name][0].rounds)))
+        for name, run in arms.items()
+    }
 
 
-def _busy_ms(run: Run, device: str) -> float | None:
-    """Milliseconds in which the GPU worked for one request, seen by torch.profiler."""
-    if device == "cpu":
-        return None
-    from torch.autograd import DeviceType
+def _profiled(run: Run, device: str, rounds: bool) -> dict:
+    """Milliseconds in which the GPU worked for one request, seen by torch.profiler; in another one,
+    where there are rounds, what a round asked of it and how long it rested between two of them.
+    """
+    activity = torch.profiler.ProfilerActivity
+    gpu_ms, seen_by = None, [activity.CPU]
+    if device != "cpu":
+        from torch.autograd import DeviceType
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        seen_by.append(activity.CUDA)
+        with torch.profiler.profile(activities=[activity.CUDA]) as profiler:
+            run(0)
+            torch.cuda.synchronize()
+        seen = [e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA]
+        gpu_ms = length(union((r.start, r.end) for r in seen)) / 1e3
+    if not rounds:
+        return {"gpu_ms": gpu_ms}
+    with (
+        torch.profiler.profile(activities=seen_by) as profiler,
+        ranges.listening(ranges.TorchProfiler()),
+    ):
         run(0)
-        torch.cuda.synchronize()
-    ranges = [e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    return length(union((r.start, r.end) for r in ranges)) / 1e3
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        found = figures(read_timeline(trace))
+    return {"gpu_ms": gpu_ms, "round": {key: found[key] for key in ROUND}}
 
 
-def _figures(outcomes: list[Outcome], gpu_ms: float | None, window_ms: float) -> dict:
+def _figures(outcomes: list[Outcome], window_ms: float) -> dict:
     rounds = [r for out in outcomes for r in out.rounds]
     ours = (
         {
@@ -310,7 +356,6 @@ def _figures(outcomes: list[Outcome], gpu_ms: float | None, window_ms: float) ->
         "decode_ms": median(out.total_ms - out.ttft_ms for out in outcomes),
         "total_ms": total,
         "total_with_window_ms": total + window_ms - hidden if window_ms else None,
-        "gpu_ms": gpu_ms,
         **ours,
     }
 
@@ -323,10 +368,18 @@ def _line(name: str, f: dict) -> str:
     if "near_ties" in f:
         accepted = f["accepted"] + f["prefill_accepted"]
         ours = f", {accepted:.1f} accepted, {f['near_ties']:.1f} near ties"
+    rounds = ""
+    if (found := f.get("round")) and found["gpu_rest"]:
+        rest = found["gpu_rest"]["median_ms"]
+        rounds = (
+            f", a round: {found['launches_per_round']:.1f} launches, "
+            f"{found['cuda_waits_per_round']:.1f} waits of CUDA, "
+            f"{'-' if rest is None else f'{1e3 * rest:.0f}'} us of rest"
+        )
     return (
         f"{name}: decode {f['decode_ms']:.1f} ms ({ratio('speedup_decode')}), total "
         f"{f['total_ms']:.1f} ms ({ratio('speedup_total')}), GPU ({ratio('speedup_gpu')}), first "
-        f"token {f['ttft_ms']:.1f} ms{ours}; outcomes imposed"
+        f"token {f['ttft_ms']:.1f} ms{ours}{rounds}; outcomes imposed"
     )
 
 

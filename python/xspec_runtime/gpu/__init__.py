@@ -15,5 +15,8 @@ PHASES = {
     "kernels": "xspec_runtime.gpu.kernels",
     "baseline": "xspec_runtime.gpu.baseline",
     "nf4": "xspec_runtime.gpu.nf4_bench",
+    "prefill": "xspec_runtime.gpu.prefill",
+    "e2e": "xspec_runtime.gpu.e2e",
+    "overlap": "xspec_runtime.gpu.overlap",
     "full_size": "xspec_runtime.gpu.full_size",
 }
