@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export XSPEC_CUDA_ARCHS ?= 90-virtual
 
 NATIVE := setup.py CMakeLists.txt $(shell find csrc _build_backend -type f)
-SOURCES := $(shell find csrc tests/simt tests/nvtx tests/ngram -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/simt tests/nvtx_tool tests/ngram -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # How many times as many random cases `make fuzz` runs as `make test`.
 FUZZ ?= 10

@@ -25,8 +25,7 @@ def _host_paths() -> list[str]:
 def _installed(name: str) -> bool:
     """Whether the first copy on the path, the one an import would take, is recent enough."""
     for found in distributions(name=name, path=[*sys.path, *_host_paths()]):
-        numbers = tuple(int(part) for part in found.version.split(".")[:2] if part.isdigit())
-        return numbers >= _MINIMUM[name]
+        return _recent(name, found.version)
     return False
 
 
@@ -44,10 +43,22 @@ def _missing() -> list[str]:
     return wanted
 
 
+def _recent(name: str, version: str) -> bool:
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return numbers >= _MINIMUM[name]
+
+
 def _setuptools() -> ModuleType:
+    """Raises `SystemExit` where an older one is there: it would reject the metadata, at length."""
     sys.path.extend(_host_paths())
     import setuptools.build_meta
 
+    if not _recent("setuptools", setuptools.__version__):
+        raise SystemExit(
+            f"xspec-kernels: the build needs setuptools>={_MINIMUM['setuptools'][0]}, "
+            f"{setuptools.__version__} is installed; upgrade it, or let pip fetch one by leaving "
+            "out --no-build-isolation"
+        )
     return setuptools.build_meta
 
 

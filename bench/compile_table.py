@@ -6,16 +6,12 @@ with the present sources, and a page that shows it.
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, progress_bar, script_command
 from xspec_runtime.files import check_output, read_text, write_json, write_text
 from xspec_runtime.gpu import compile_table
 
@@ -24,18 +20,13 @@ TABLE = ROOT / "bench" / "results" / "compile_table.json"
 PAGE = ROOT / "docs" / "compile_table.md"
 
 
-def build(table: Path, page: Path, everything: bool, command: str) -> None:
+def build(table: Path, page: Path, everything: bool) -> None:
     """Compile what is out of date, write table and page, name what breaks a limit."""
     for file in (table, page):
         check_output(file)
     old = compile_table.read_table(table) if table.exists() and not everything else None
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-        made = compile_table.build_table(
-            command, old, lambda done, of, name: bar.update(
-                task, completed=done, total=of, description=name
-            ),
-        )  # fmt: skip
+    with progress_bar("reading") as show:
+        made = compile_table.build_table(script_command(), old, show)
     write_json(table, made)
     write_text(page, compile_table.document(made))
     broken = [f"{e['kernel']} {e['model']} sm_{e['arch']} {fault}"
@@ -53,18 +44,18 @@ def check_page(table: Path, page: Path) -> None:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     table: Annotated[Path, typer.Option(help="Table, JSON.")] = TABLE,
     page: Annotated[Path, typer.Option(help="The same to read, Markdown.")] = PAGE,
     everything: Annotated[bool, typer.Option("--all", help="Compile every entry anew.")] = False,
     check: Annotated[bool, typer.Option(help="Only compare the page with the table.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Compile the kernels for cards that are not here."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    work = check_page if check else lambda *files: build(*files, everything, command)
-    run_cli(lambda: work(table, page), debug)
+    if check:
+        check_page(table, page)
+    else:
+        build(table, page, everything)
 
 
 if __name__ == "__main__":

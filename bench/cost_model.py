@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, script_command
 from xspec_runtime.cost.report import (
     cost_results,
     fill_page,
@@ -26,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     e2e: Annotated[
         Path | None, typer.Option(help="results.json of bench/e2e.py; without it, a short run.")
@@ -56,31 +54,26 @@ def main(
         "results/cost"
     ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Copy of results.json.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Project speedups from measured parts; with --card, model v(M) of a model's shape."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-
-    def work() -> None:
-        if (page or check) and not (card and page):
-            raise ValueError("--page goes with --card, and --check with --page")
-        if card:
-            results = modelled_for(command, config, card, prompt_tokens, rows)
-            shown = f"Modelled, not measured.\n\n{modelled_markdown(results)}"
-            if page:
-                fill_page(page, measured, results, check)
-        else:
-            gammas = numbers("--gamma", gamma, 63) if gamma else ()
-            tall = read_json(verify) if verify else spot_verify(output_dir) if not e2e else None
-            whole = read_json(e2e) if e2e else spot_e2e(output_dir, samples)
-            results = cost_results(command, whole, tall, backend, gammas)
-            shown = f"{points_markdown(results)}\n\n{projected_markdown(results)}"
-        written = [] if check else write_cost(results, output_dir, json_file)
-        console = Console()
-        console.print(shown, markup=False, highlight=False, soft_wrap=True)
-        console.print("written:", ", ".join(map(str, written)), highlight=False, soft_wrap=True)
-
-    run_cli(work, debug)
+    said = script_command()
+    if (page or check) and not (card and page):
+        raise ValueError("--page goes with --card, and --check with --page")
+    if card:
+        results = modelled_for(said, config, card, prompt_tokens, rows)
+        shown = f"Modelled, not measured.\n\n{modelled_markdown(results)}"
+        if page:
+            fill_page(page, measured, results, check)
+    else:
+        gammas = numbers("--gamma", gamma, 63) if gamma else ()
+        tall = read_json(verify) if verify else spot_verify(output_dir) if not e2e else None
+        whole = read_json(e2e) if e2e else spot_e2e(output_dir, samples)
+        results = cost_results(said, whole, tall, backend, gammas)
+        shown = f"{points_markdown(results)}\n\n{projected_markdown(results)}"
+    written = [] if check else write_cost(results, output_dir, json_file)
+    console = Console()
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    console.print("written:", ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

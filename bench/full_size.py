@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, script_command
 from xspec_runtime.files import check_output, write_json
 from xspec_runtime.full_size.run import Options, run_full_size
 
@@ -29,7 +27,7 @@ def run(options: Options, json_file: Path | None) -> None:
         write_json(json_file, results)
 
 
-@app.command(cls=Command)
+@command(app, "use --weights nf4, or --no-peers")
 def main(
     weights: Annotated[str, typer.Option(help="nf4 or bf16.")] = Options.weights,
     shape: Annotated[
@@ -55,16 +53,14 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Time every way of answering one request at the sizes of the 7B pair."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     device = "cpu" if shape == "tiny" else "cuda"
     options = Options(
         weights, shape, pairs, oracle, draft_oracle, rows, gamma, window_ms, device, seed, peers,
-        command,
+        script_command(),
     )  # fmt: skip
-    run_cli(lambda: run(options, json_file), debug, "use --weights nf4, or --no-peers")
+    run(options, json_file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command
 from xspec_runtime.data.pairs import read_pairs
 from xspec_runtime.drafters.base import Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
@@ -109,7 +109,7 @@ def run(pairs: Path | None, tokens: int, rows: str, backend: str, json: Path | N
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     pairs: Annotated[
         Path | None, typer.Option(help="Recorded pairs to make answers of; else made up.")
@@ -120,12 +120,11 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Time how long a memory of this size takes to propose a tree and to learn an answer."""
     source = f" --pairs {pairs}" if pairs else ""
-    command = f"python bench/memory.py{source} --tokens {tokens} --rows {rows} --backend {backend}"
-    run_cli(lambda: run(pairs, tokens, rows, backend, json_file, command), debug)
+    said = f"python bench/memory.py{source} --tokens {tokens} --rows {rows} --backend {backend}"
+    run(pairs, tokens, rows, backend, json_file, said)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,12 @@ import typer
 from PIL import Image
 
 from xspec_runtime.adapters.analysis.report import analysis_markdown, hidden_markdown
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command
 from xspec_runtime.drop_in.report import drop_in_markdown
 from xspec_runtime.files import read_json, read_text, write_text
-from xspec_runtime.plots import draw_speedups, draw_timeline
+from xspec_runtime.gpu.record import validate_gpu_results
+from xspec_runtime.gpu.report import gpu_markdown
+from xspec_runtime.plots import draw_speedups, draw_timeline, draw_verify
 from xspec_runtime.regret.report import clock_markdown
 from xspec_runtime.replay.run import replay_markdown
 from xspec_runtime.report import markdown_table
@@ -91,6 +94,12 @@ DOCUMENTS = {
     "adapters.md": (ROOT / "docs", ADAPTER_TABLES),
     "guide.md": (ROOT / "docs", GUIDE_TABLES),
 }
+GPU_HEAD = """# On GPUs
+
+Measured by `python bench/gpu_suite.py`, one section a run; what is modelled for cards that were not
+measured is in [performance.md](performance.md). `v(M)`: one target forward over M rows; floor:
+weights, K and V over the bandwidth of a copy in the same run. `bench/results` has the logs."""
+
 # Plots of the end-to-end run, by file.
 IMAGES = ROOT / "docs" / "images"
 PLOTS = {"speedups.png": draw_speedups, "timeline.png": draw_timeline}
@@ -122,18 +131,65 @@ def publish(document: Path, check: bool) -> None:
         write_text(document, text)
 
 
+def suites() -> list[Path]:
+    """Committed results of `bench/gpu_suite.py`."""
+    return sorted(RESULTS.glob("gpu_*.json"))
+
+
+def publish_gpu(page: Path, files: Sequence[Path], check: bool) -> None:
+    """Write the page of the suite's results, a section a file; no file, no page.
+
+    Raises:
+        ValueError: a result cannot be published; or, under `check`, the page has another text.
+    """
+    if not files:
+        return
+    sections = [GPU_HEAD]
+    for file in files:
+        sections += [f"## {file.stem}", _table(file, _suite, page.parent)]
+        shown = (f"![v(M) of {file.stem}](images/{name})" for name in _verify_plots(file))
+        sections += shown
+    text = "\n\n".join(sections) + "\n"
+    if not check:
+        write_text(page, text)
+    elif not page.is_file() or read_text(page) != text:
+        raise ValueError(f"{page} is not what bench/publish.py makes of bench/results; run it")
+
+
+def _suite(results: dict) -> str:
+    validate_gpu_results(results)
+    if results["dry_run"]:
+        raise ValueError("a dry run measures nothing")
+    return gpu_markdown(results)
+
+
+def _verify_plots(file: Path) -> dict[str, Callable[[Path], bool]]:
+    """Plots of v(M) in graphs by file name, one for each kind of weights in a suite's results."""
+    rows = [row for row in read_json(file, "committed result")["verify"] if row["mode"] == "graph"]
+    return {
+        f"{file.stem}_{weights}.png": partial(
+            draw_verify, {"verify": [row for row in rows if row["weights"] == weights]}
+        )
+        for weights in dict.fromkeys(row["weights"] for row in rows)
+    }
+
+
 def draw(folder: Path, check: bool) -> None:
-    """Draw `PLOTS` into the folder, or compare the files there pixel by pixel.
+    """Draw `PLOTS`, and those of the suite's results, into the folder, or compare the files there
+    pixel by pixel.
 
     Raises:
         ValueError: under `check`, a file is missing or shows something else.
     """
     results = read_json(TABLES["e2e"][0], "committed result")
+    plots = {name: partial(plot, results) for name, plot in PLOTS.items()}
+    for file in suites():
+        plots |= _verify_plots(file)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) if check else folder
         home.mkdir(parents=True, exist_ok=True)
-        for name, plot in PLOTS.items():
-            plot(results, home / name)
+        for name, plot in plots.items():
+            plot(home / name)
             if check and not _same_picture(home / name, folder / name):
                 raise ValueError(f"{folder / name} is not what bench/publish.py draws; run it")
 
@@ -166,24 +222,20 @@ def _source(file: Path, results: dict, home: Path) -> str:
     return f"Measured: {', '.join(where)} ([raw]({os.path.relpath(file, home)}))."
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     document: Annotated[
         Path | None, typer.Option(help="File to rewrite; all that have tables where not given.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Only say whether they are up to date.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Put the committed results into the README, its plots and the page on adapters."""
     places = [document] if document else [home / name for name, (home, _) in DOCUMENTS.items()]
-
-    def work() -> None:
-        for place in places:
-            publish(place, check)
-        if not document:
-            draw(IMAGES, check)
-
-    run_cli(work, debug)
+    for place in places:
+        publish(place, check)
+    if not document:
+        publish_gpu(ROOT / "docs" / "gpu.md", suites(), check)
+        draw(IMAGES, check)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command
 from xspec_runtime.files import check_output, read_text, write_text
 from xspec_runtime.reference.api import api_markdown
 from xspec_runtime.reference.commands import commands_markdown
@@ -28,14 +28,13 @@ def build(folder: Path, check: bool) -> None:
             raise ValueError(f"{file} is not up to date; run bench/reference.py")
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     folder: Annotated[Path, typer.Option(help="Folder of the pages.")] = ROOT / "docs",
     check: Annotated[bool, typer.Option(help="Only say whether they are up to date.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Write the reference pages of the API and of the commands."""
-    run_cli(lambda: build(folder, check), debug)
+    build(folder, check)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import Progress
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, progress_bar, script_command
 from xspec_runtime.files import check_output, write_json
 from xspec_runtime.regret.report import clock_table, counted_table
 from xspec_runtime.regret.run import RegretOptions, run_regret
+from xspec_runtime.tables import print_wide
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 D = RegretOptions()
@@ -26,27 +23,16 @@ def run(options: RegretOptions, json_file: Path | None) -> None:
     options.names()
     if json_file:
         check_output(json_file)
-    steps = (options.repeats + 1) * options.samples
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=steps)
-        results = run_regret(
-            options,
-            lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total or steps
-            ),
-        )
-    console = Console()
-    unbounded = console.options.update(max_width=1000)
+    with progress_bar("loading") as show:
+        results = run_regret(options, show)
     for table in (clock_table(results), counted_table(results)):
         if table.row_count:
-            # As wide as it is, also where the output is a file.
-            table.width = Measurement.get(console, unbounded, table).maximum
-            console.print(table, soft_wrap=True)
+            print_wide(Console(), table)
     if json_file:
         write_json(json_file, results)
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     samples: Annotated[int, typer.Option(help="Test scenes.")] = D.samples,
     repeats: Annotated[int, typer.Option(help="How often each scene is answered.")] = D.repeats,
@@ -64,14 +50,14 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Count answers that drafting made slower than plain decoding, beyond its own spread: drafters
     as they are, and priced by what this machine was measured to take.
     """
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    values = {k: v for k, v in locals().items() if k not in ("debug", "json_file")}
-    run_cli(lambda: run(RegretOptions(**values), json_file), debug)
+    options = RegretOptions(
+        samples, repeats, arms, gamma, rows, prefill_fused, threads, pairs, limit, script_command()
+    )
+    run(options, json_file)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, progress_bar, script_command
 from xspec_runtime.files import check_output, write_json
 from xspec_runtime.replay.report import replay_table
 from xspec_runtime.replay.run import ReplayOptions, run_replay
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-LESS_MEMORY = "lower --limit"
 
 
 def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> None:
     """Replay with a progress bar, print the table, write the files."""
     for file in filter(None, (json_file, trace)):
         check_output(file)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-        results = run_replay(
-            options,
-            trace,
-            lambda done, steps, arm: bar.update(task, completed=done, total=steps, description=arm),
-        )
+    with progress_bar("reading") as show:
+        results = run_replay(options, trace, show)
     Console().print(replay_table(results))
     if json_file:
         write_json(json_file, results)
@@ -39,7 +30,7 @@ def run(options: ReplayOptions, json_file: Path | None, trace: Path | None) -> N
         raise KeyboardInterrupt(f"{done} arms are done{' and written' if json_file else ''}")
 
 
-@app.command(cls=Command)
+@command(app, "lower --limit")
 def main(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
     train: Annotated[
@@ -62,12 +53,10 @@ def main(
     trace: Annotated[
         Path | None, typer.Option(help="Write a JSON line a verify to this file.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Compare drafters on recorded answers; runs no model."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    values = (pairs, train, folds, gamma, rows, limit, backend, command)
-    run_cli(lambda: run(ReplayOptions(*values), json_file, trace), debug, LESS_MEMORY)
+    options = ReplayOptions(pairs, train, folds, gamma, rows, limit, backend, script_command())
+    run(options, json_file, trace)
 
 
 if __name__ == "__main__":

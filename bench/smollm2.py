@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command
 from xspec_runtime.files import check_output
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -88,13 +88,12 @@ def build(to: Path) -> None:
         convert(download(Path(folder)), to)
 
 
-@app.command(cls=Command)
+@command(app, "converting needs about 2 GB free")
 def main(
     to: Annotated[Path, typer.Option(help="Folder to write.")] = Path("build/smollm2"),
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a transformers folder."""
-    run_cli(lambda: build(to), debug, "converting needs about 2 GB free")
+    build(to)
 
 
 if __name__ == "__main__":

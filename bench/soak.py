@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, script_command
 from xspec_runtime.soak.bench import ENGINES
 from xspec_runtime.soak.report import summary
-from xspec_runtime.soak.run import SoakOptions, one_thread, run_soak
+from xspec_runtime.soak.run import SoakOptions, run_soak
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,7 +20,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def run(options: SoakOptions) -> None:
     """Run; what an interrupted run has done is written and shown."""
     console = Console()
-    one_thread()
+    # The models are tiny: threads would wait for each other longer than they compute.
+    torch.set_num_threads(1)
     results = run_soak(options, console)
     for line in summary(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -31,7 +31,7 @@ def run(options: SoakOptions) -> None:
         raise RuntimeError(f"the soak of seed {options.seed} failed")
 
 
-@app.command(cls=Command)
+@command(app)
 def main(
     minutes: Annotated[float, typer.Option(help="Ends after so long.")] = SoakOptions.minutes,
     requests: Annotated[
@@ -44,12 +44,9 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Send random requests and faults to decoders; check answers, and that memory stays flat."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    options = SoakOptions(command, minutes, requests, seed, engines, json_file)
-    run_cli(lambda: run(options), debug)
+    run(SoakOptions(script_command(), minutes, requests, seed, engines, json_file))
 
 
 if __name__ == "__main__":

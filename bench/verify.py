@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import Progress
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import command, progress_bar, script_command
+from xspec_runtime.tables import print_wide
 from xspec_runtime.verify_cost.measure import run_verify
 from xspec_runtime.verify_cost.options import VerifyOptions
 from xspec_runtime.verify_cost.report import verify_table, write_verify
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-LESS_MEMORY = "take a smaller --config, shorter --prompt-tokens, fewer --backends or bfloat16"
 
 
 def run(options: VerifyOptions) -> None:
     """Measure with a progress bar, write the files, print the table."""
     options.plan()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-        results = run_verify(
-            options,
-            lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
-        )
+    with progress_bar("reading") as show:
+        results = run_verify(options, show)
     paths = write_verify(results, options.output_dir, options.json_file)
-    console, table = Console(), verify_table(results)
-    unbounded = console.options.update(max_width=1000)
-    table.width = Measurement.get(console, unbounded, table).maximum
-    console.print(table, soft_wrap=True)
+    console = Console()
+    print_wide(console, verify_table(results))
     for note in results["notes"]:
         console.print(note, highlight=False)
     console.print("written:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
@@ -44,7 +32,7 @@ def run(options: VerifyOptions) -> None:
         raise KeyboardInterrupt(f"{len(results['verify'])} rows are measured and written")
 
 
-@app.command(cls=Command)
+@command(app, "take a smaller --config, shorter --prompt-tokens, fewer --backends or bfloat16")
 def main(
     config: Annotated[
         str, typer.Option(help="Shape: llama-7b, llama-3-8b, smollm2, mini, or a folder.")
@@ -69,12 +57,10 @@ def main(
         "results/verify"
     ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Copy of results.json.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Measure v(M) of random weights in a model's shape; writes results.json and a plot."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    values = {k: v for k, v in locals().items() if k not in ("debug", "json_file", "json")}
-    run_cli(lambda: run(VerifyOptions(json_file=json_file, **values)), debug, LESS_MEMORY)
+    values = locals()
+    run(VerifyOptions(command=script_command(), **values))
 
 
 if __name__ == "__main__":

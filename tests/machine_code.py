@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,4 +75,39 @@ def facts(binary: Any) -> Facts:
         matrix=found.matrix,
         operations=machine_code.disassemble(binary)[1],
         digest=hashlib.sha256(binary.asm["cubin"]).hexdigest(),
+    )
+
+
+def operands_outlive(ptx: str) -> bool:
+    """Whether no register is written while a matrix instruction of 9.0 may still read it.
+
+    Such an instruction runs on after it was issued. One that takes an operand from registers has to
+    end before these are written for the next step: no wait may leave any of them running.
+    """
+    in_registers = re.search(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx)
+    waits = re.findall(r"wgmma\.wait_group\S* (\d+)", ptx)
+    return bool(waits) and not (in_registers and any(map(int, waits)))
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether nothing but prefetches stands before the one wait for the kernel before."""
+    body = ptx[ptx.index(".entry") :]
+    body = body[body.index("{") :]
+    before, *behind = body.split("griddepcontrol.wait")
+    touches = r"\b(ld|st|atom|red)\.(global|relaxed|acquire)|\bcp\.async|\bbra\b|\bret;"
+    return len(behind) == 1 and not re.search(touches, before)
+
+
+def publishes_partials(ptx: str) -> bool:
+    """Whether sums are counted once all threads stored theirs, and read once the count is known."""
+    marks = r"st\.global|bar\.sync|atom\.global\.gpu\.acq_rel\.add|ld\.global\.cg"
+    order = re.findall(marks, ptx)
+    if order.count("atom.global.gpu.acq_rel.add") != 1:
+        return False
+    at = order.index("atom.global.gpu.acq_rel.add")
+    return (
+        "st.global" in order[:at]
+        and order[at - 1] == order[at + 1] == "bar.sync"
+        and "ld.global.cg" in order[at:]
+        and "ld.global.cg" not in order[:at]
     )

@@ -14,20 +14,59 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# In inference mode, in which captured functions run, composite operators come whole.
 WAITS = {
     "aten::_local_scalar_dense",
+    "aten::_pin_memory",
+    "aten::_unique2",
+    "aten::allclose",
+    "aten::argwhere",
+    "aten::bincount",
     "aten::equal",
     "aten::is_nonzero",
+    "aten::item",
     "aten::lift_fresh",
     "aten::masked_select",
     "aten::nonzero",
+    "aten::nonzero_numpy",
+    "aten::pin_memory",
+    # Of `tolist` and `numpy`, the only operator that is seen.
+    "aten::resolve_neg",
     "aten::unique_dim",
-    "aten::_unique2",
+}
+# Results whose size is a number on the device.
+SIZED_BY_VALUES = {
+    torch.ops.aten.repeat_interleave.Tensor,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.where.default,
+}
+# Masks among the indices become places, which have to be counted.
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+# Copies to another device, which on a CPU do nothing.
+MOVES = {
+    torch.ops.aten.to.device: 1,
+    torch.ops.aten.to.dtype_layout: "device",
+    torch.ops.aten.to.prim_Device: 1,
 }
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def check_waits(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
+    """Raise `RuntimeError` where CUDA would refuse an operator while capturing."""
+    name = func._schema.name
+    indices = args[1] if name in INDEXING else []
+    place = MOVES.get(func)
+    moved = kwargs.get("device") if place == "device" else place and args[1:2]
+    if (
+        name in WAITS
+        or func in SIZED_BY_VALUES
+        or moved
+        or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+    ):
+        raise RuntimeError(f"{name} waits for the device: operation not permitted")
 
 
 class Tape(TorchDispatchMode):
@@ -39,11 +78,8 @@ class Tape(TorchDispatchMode):
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        indices = args[1] if name == "aten::index" else []
-        if name in WAITS or any(i is not None and i.dtype == torch.bool for i in indices):
-            raise RuntimeError(f"{name} waits for the device: operation not permitted")
         kwargs = kwargs or {}
+        check_waits(func, args, kwargs)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._before += [(tensor, tensor.clone()) for tensor in tensors(value)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from running import bench_script, xspec
 from xspec_runtime.adapters.alignment import STATE_LEVELS
 from xspec_runtime.adapters.analysis.chains import (
     Chains,
@@ -38,7 +38,6 @@ from xspec_runtime.adapters.hidden import READS_DRAFT, HiddenAdapter, HiddenAdap
 from xspec_runtime.adapters.scoring.steps import score
 from xspec_runtime.adapters.training.runs import write_run
 from xspec_runtime.adapters.training.states import ABSENT, States, open_states
-from xspec_runtime.commands import app
 from xspec_runtime.drafters.base import Request
 from xspec_runtime.drafters.hidden import HiddenDrafter
 from xspec_runtime.extract import StateFolder
@@ -247,12 +246,6 @@ def test_the_published_form():
     assert "| E2E Speedup | - | 0.81x |" in text and "similarity is no acceptance" in text
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        app(list(map(str, arguments)))
-    return stopped.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """Test states, the head, and untrained adapters in the folders that training writes."""
@@ -281,7 +274,7 @@ def options(work: Path, output: Path, *more: object) -> list[object]:
 
 def test_the_command_writes_its_folder(work, tmp_path, capsys):
     e2e = ROOT / "bench/results/hidden_e2e_cpu.json"
-    assert run(*options(work, tmp_path, "--e2e", e2e)) == 0
+    assert xspec(*options(work, tmp_path, "--e2e", e2e)) == 0
     printed = capsys.readouterr().out
     assert "0-alpha" in printed and "not met" in printed
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -320,7 +313,7 @@ def test_bad_input_is_named_and_leaves_nothing(work, tmp_path, capsys):
     ):
         if "--output-dir" not in arguments:
             arguments += ["--output-dir", tmp_path / "out"]
-        assert run(*arguments) == 2
+        assert xspec(*arguments) == 2
         assert said in " ".join(capsys.readouterr().err.split()), said
     assert not (tmp_path / "out").exists()
 
@@ -332,7 +325,7 @@ def test_ctrl_c_writes_nothing(work, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(analysis_run, "chains", stop)
-    assert run(*options(work, tmp_path / "out")) == 130
+    assert xspec(*options(work, tmp_path / "out")) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -357,10 +350,7 @@ def test_a_table_takes_any_arm():
 
 @pytest.fixture(scope="module")
 def publish():
-    spec = importlib.util.spec_from_file_location("publish", ROOT / "bench" / "publish.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.publish
+    return bench_script("publish").publish
 
 
 def test_the_tables_of_the_adapters_page_are_generated(publish, tmp_path):

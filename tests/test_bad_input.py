@@ -6,7 +6,6 @@ The readers of each format have their own tests; here is what reaches the person
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import pickle
@@ -26,8 +25,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner, Result
 
+from running import bench_script, invoke
 from xspec_runtime import cli, e2e, files
 from xspec_runtime.arms import Outcome, Task
 from xspec_runtime.drafters.base import Request
@@ -41,15 +40,8 @@ from xspec_runtime.workloads import Workload
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 E2E, REPLAY, PUBLISH, SMOLLM2, GPU = map(
-    script, ("e2e", "replay", "publish", "smollm2", "gpu_suite")
+    bench_script, ("e2e", "replay", "publish", "smollm2", "gpu_suite")
 )
 
 
@@ -59,10 +51,6 @@ def everything(folder: Path) -> dict[str, float]:
         str(p.relative_to(folder)): p.lstat().st_mtime if p.is_file() else 0.0
         for p in folder.rglob("*")
     }
-
-
-def invoke(app, *arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def refused(app, *arguments: object, left: Path | None = None) -> str:

@@ -163,6 +163,28 @@ def test_build_that_cannot_start_says_why(changes, message, tmp_path):
     assert message in result.stderr.strip().splitlines()[-1]
 
 
+OLD_SETUPTOOLS = """
+import sys, setuptools
+setuptools.__version__ = "65.5.0"
+sys.path.insert(0, sys.argv[1])
+import xspec_build
+xspec_build.prepare_metadata_for_build_wheel(sys.argv[2])
+"""
+
+
+def test_old_setuptools_is_one_clear_line(tmp_path):
+    """pip looks for build tools only where it isolates the build."""
+    result = subprocess.run(
+        [sys.executable, "-c", OLD_SETUPTOOLS, ROOT / "_build_backend", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "setuptools>=77, 65.5.0 is installed" in line and not list(tmp_path.iterdir())
+
+
 def test_environment_meets_the_metadata():
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *extras["runtime"], *extras["test"], *extras["torch"]]

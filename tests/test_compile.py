@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
 
+from machine_code import facts
 from xspec_kernels.kernels.kv_commit import _kv_commit_kernel
 from xspec_kernels.kernels.tree_mask import _tree_mask_kernel
 from xspec_kernels.kernels.verify_greedy import _verify_greedy_kernel
@@ -29,19 +25,6 @@ def compiled(kernel, cc: int, types: dict[str, str], num_warps: int, **constants
     return triton.compile(
         source, target=GPUTarget("cuda", cc, 32), options={"num_warps": num_warps}
     )
-
-
-def stack_bytes(binary, tmp_path: Path) -> int:
-    """Bytes of stack and local memory a thread uses, that is, what spilled."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not os.access(tool, os.X_OK):
-        pytest.skip("this Triton carries no cuobjdump")
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    report = subprocess.run(
-        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
 
 
 def tree_mask_types(rows: bool) -> dict[str, str]:
@@ -65,23 +48,23 @@ COMMIT_TYPES = {
 
 @pytest.mark.parametrize("rows", [True, False], ids=["ragged", "full"])
 @pytest.mark.parametrize("cc", [80, 90])
-def test_tree_mask(cc, rows, tmp_path):
+def test_tree_mask(cc, rows):
     for depth in (32, 64):
         types = tree_mask_types(rows)
         binary = compiled(_tree_mask_kernel, cc, types, 2, NODES=64, DEPTH=depth)
-        assert stack_bytes(binary, tmp_path) == 0
+        assert facts(binary).spilled == 0
 
 
 @pytest.mark.parametrize("rows", [True, False], ids=["ragged", "full"])
 @pytest.mark.parametrize("cc", [80, 90])
-def test_verify_greedy(cc, rows, tmp_path):
+def test_verify_greedy(cc, rows):
     binary = compiled(_verify_greedy_kernel, cc, verify_types(rows), 2, NODES=64)
-    assert stack_bytes(binary, tmp_path) == 0
+    assert facts(binary).spilled == 0
 
 
 @pytest.mark.parametrize("word", [8, 16, 32, 64])
 @pytest.mark.parametrize("cc", [80, 90])
-def test_kv_commit_reads_every_row_before_it_writes_one(cc, word, tmp_path):
+def test_kv_commit_reads_every_row_before_it_writes_one(cc, word):
     from triton import language as tl
 
     binary = compiled(
@@ -98,4 +81,4 @@ def test_kv_commit_reads_every_row_before_it_writes_one(cc, word, tmp_path):
     last_barrier = max(barriers)
     row_stores = [store for store in stores if store > last_barrier]
     assert row_stores, "the rows are stored after the barrier"
-    assert stack_bytes(binary, tmp_path) == 0
+    assert facts(binary).spilled == 0

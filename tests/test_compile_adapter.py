@@ -6,11 +6,11 @@ What each costs as machine code is in the compile table.
 from __future__ import annotations
 
 import hashlib
-import re
 
 import pytest
 import torch
 
+from machine_code import operands_outlive, waits_first
 from xspec_kernels import adapter_forward
 from xspec_runtime.gpu import compile_adapters
 from xspec_runtime.gpu.machine_code import Launch, recorded, source_of
@@ -57,6 +57,7 @@ def test_one_binary_for_every_number_of_rows(monkeypatch):
         cubins.append([hashlib.sha256(binary["cubin"]).hexdigest() for binary in made])
     assert cubins[0] == cubins[1]
     assert all(waits_first(one["ptx"]) for one in made)
+    assert operands_outlive(made[1]["ptx"])
 
 
 @pytest.mark.parametrize("place", [-3, -1], ids=["layer_norm", "lm_head_join"])
@@ -64,12 +65,3 @@ def test_early_kernels_wait_before_they_read(place):
     """And before they may end, as the kernel behind relies on a chain of waits."""
     found = launches(90, compile_adapters.network("TokenAdapter"), 16)[place]
     assert found.given["launch_pdl"] and waits_first(source_of(found, 90).compile().asm["ptx"])
-
-
-def waits_first(ptx: str) -> bool:
-    """Whether nothing but prefetches stands before the one wait for the kernel before."""
-    body = ptx[ptx.index(".entry") :]
-    body = body[body.index("{") :]
-    before, *behind = body.split("griddepcontrol.wait")
-    touches = r"\b(ld|st|atom|red)\.(global|relaxed|acquire)|\bcp\.async|\bbra\b|\bret;"
-    return len(behind) == 1 and not re.search(touches, before)

@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from machine_code import facts, operands_outlive, specialized
 from xspec_kernels.kernels import _tree_attention_triton as attention
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 NODES = [1, 2, 15, 16, 17, 22, 33, 64]
 CAPACITIES = [256, 4096, 4352, 32768]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.M)
 SHARED = {80: 163, 90: 227}  # KiB a program may use
-
-
-class Machine(NamedTuple):
-    """What a binary holds: how often each instruction, bytes of stack, bytes of shared memory."""
-
-    opcodes: Counter
-    stack: int
-    shared: int
-
-    @property
-    def matrix(self) -> dict[str, int]:
-        return {op: n for op, n in self.opcodes.items() if re.match("HMMA|HGMMA|UTCHMMA", op)}
-
-    @property
-    def spills(self) -> int:
-        return self.stack + sum(
-            n for op, n in self.opcodes.items() if op.startswith(("STL", "LDL"))
-        )
-
-
-def specialized(kernel, cc: int, arguments: dict, **options):
-    """(the key under which Triton would look for a binary, a function that makes that binary)."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    target = GPUTarget("cuda", cc, 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, key, _ = binder(**arguments)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, dict(options), bound, key, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return repr(key), lambda: triton.compile(source, target=target, options=parsed.__dict__)
-
-
-def inspect(binary, tmp_path: Path) -> Machine:
-    if not os.access(TOOLS / "nvdisasm", os.X_OK):
-        pytest.skip("this Triton carries no nvdisasm")
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-
-    def output(tool: str, option: str) -> str:
-        command = [TOOLS / tool, option, cubin]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = output("cuobjdump", "--dump-resource-usage")
-    return Machine(
-        Counter(OPCODE.findall(output("nvdisasm", "-c"))),
-        sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-        binary.metadata.shared,
-    )
 
 
 def partials(cc: int, nodes=1, slots=256, heads=(32, 8), head_dim=128, dtype=torch.bfloat16):
@@ -107,7 +48,7 @@ CASES = [(nodes, slots) for nodes in NODES for slots in CAPACITIES]
 
 
 @pytest.mark.parametrize("cc", [80, 90])
-def test_one_binary_for_every_n_and_capacity(cc, tmp_path):
+def test_one_binary_for_every_n_and_capacity(cc):
     keys, made = set(), {}
     for nodes, slots in CASES:
         arguments, options = partials(cc, nodes, slots)
@@ -118,24 +59,26 @@ def test_one_binary_for_every_n_and_capacity(cc, tmp_path):
             made[binary.asm["cubin"]] = binary
     # One binary is one set of instructions, in one order.
     assert len(keys) == 1 and len(made) == 1
-    machine = inspect(next(iter(made.values())), tmp_path)
-    assert machine.spills == 0 and machine.shared <= SHARED[cc] * 1024
+    (binary,) = made.values()
+    assert cc != 90 or operands_outlive(binary.asm["ptx"])
+    machine = facts(binary)
+    assert machine.spilled == 0 and machine.shared <= SHARED[cc] * 1024
     assert all(op.startswith("HGMMA" if cc == 90 else "HMMA.16816") for op in machine.matrix)
     # 128 / 16 products for q k^T and 32 / 16 for w v: the body of the tile loop exists once.
     assert cc != 90 or sum(machine.matrix.values()) == 10
-    wide = sum(n for op, n in machine.opcodes.items() if re.match(r"LDG(STS)?\..*128", op))
+    wide = sum(n for op, n in machine.operations.items() if re.match(r"LDG(STS)?\..*128", op))
     assert wide > 0
 
 
 @pytest.mark.parametrize("head_dim", [32, 128, 256])
-def test_one_merge_binary(head_dim, tmp_path):
+def test_one_merge_binary(head_dim):
     made = {}
     for case in CASES:
         arguments, options = merge(*case, head_dim)
         key, build = specialized(attention._merge_kernel, 90, arguments, **options)
         made[key] = build
     assert len(made) == 1
-    assert inspect(next(iter(made.values()))(), tmp_path).spills == 0
+    assert facts(next(iter(made.values()))()).spilled == 0
 
 
 @pytest.mark.parametrize(
@@ -147,13 +90,11 @@ def test_one_merge_binary(head_dim, tmp_path):
         ((8, 2), 256, torch.float32),
     ],
 )
-def test_budget(heads, head_dim, dtype, tmp_path):
+def test_budget(heads, head_dim, dtype):
     arguments, options = partials(80, 22, 4096, heads, head_dim, dtype)
-    machine = inspect(
-        specialized(attention._partials_kernel, 80, arguments, **options)[1](), tmp_path
-    )
+    machine = facts(specialized(attention._partials_kernel, 80, arguments, **options)[1]())
     # 99 KiB is what cards of compute capability 8.6 and 8.9 give.
-    assert machine.spills == 0 and machine.shared <= 99 * 1024
+    assert machine.spilled == 0 and machine.shared <= 99 * 1024
     # fp32 runs on the ordinary units: TF32 would be another precision.
     assert bool(machine.matrix) == (dtype != torch.float32)
 

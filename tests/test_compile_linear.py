@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from machine_code import Facts, facts, specialized
+from machine_code import (
+    Facts,
+    facts,
+    operands_outlive,
+    publishes_partials,
+    specialized,
+    waits_first,
+)
 from xspec_kernels._triton import TensorDescriptor, tl
 from xspec_kernels.kernels.lm_head_argmax import _lm_head_join_kernel, _lm_head_tiles_kernel
 from xspec_kernels.kernels.skinny_linear import _skinny_linear_kernel
@@ -81,9 +88,13 @@ def launch_arguments(cc: int, N: int, K: int, kind: str, M: int = 22, **changes:
     return kernel, arguments | changes, options | ({"launch_pdl": True} if cc >= 90 else {})
 
 
-def built(cc: int, N: int, K: int, kind: str, **changes: Any) -> Facts:
+def compiled(cc: int, N: int, K: int, kind: str, **changes: Any) -> Any:
     kernel, arguments, options = launch_arguments(cc, N, K, kind, **changes)
-    return facts(specialized(kernel, cc, arguments, **options)[1]())
+    return specialized(kernel, cc, arguments, **options)[1]()
+
+
+def built(cc: int, N: int, K: int, kind: str, **changes: Any) -> Facts:
+    return facts(compiled(cc, N, K, kind, **changes))
 
 
 SHAPES = {
@@ -108,6 +119,21 @@ def test_machine_code(cc, name):
     assert ("UTMALDG.2D" in operations) == (cc == 90), "W through a tensor descriptor"
     waits = [operations[name] for name in ("CCTL.E.PF2", "ACQBULK", "PREEXIT")]
     assert all(waits) == (cc == 90) and any(waits) == (cc == 90)
+
+
+@pytest.mark.parametrize("cc", [80, 90])
+@pytest.mark.parametrize("name", SHAPES)
+def test_order_of_what_other_programs_see(cc, name):
+    N, K, kind = SHAPES[name]
+    ptx = compiled(cc, N, K, kind).asm["ptx"]
+    assert waits_first(ptx) == (cc == 90)
+    assert publishes_partials(ptx) == (tile_of(N, K, torch.bfloat16, cc).split_k > 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_register_is_written_while_a_matrix_instruction_reads_it(name):
+    """A norm leaves x in registers, elsewhere it lies in shared memory."""
+    assert operands_outlive(compiled(90, *SHAPES[name]).asm["ptx"])
 
 
 @pytest.mark.parametrize("cc", [80, 90])

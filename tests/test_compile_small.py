@@ -8,36 +8,17 @@ import re
 import pytest
 import torch
 
-from test_compile import stack_bytes
+from machine_code import facts, specialized
 from xspec_kernels.kernels._rope_append_triton import _rope_append_kernel
 from xspec_kernels.kernels._verify_tail_triton import _accept_kernel
 from xspec_kernels.kernels.embed import _embed_kernel
 from xspec_kernels.kernels.kv_commit import _kv_commit_kernel
 from xspec_kernels.kernels.norm_act import _norm_act_kernel
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 ROWS = [1, 2, 15, 16, 17, 22, 33, 64]
 CARDS = [80, 90]
 WIDE_LOAD = re.compile(r"ld\.global(?:\.\w+)*\.v4\.b32")
-
-
-def keyed(kernel, cc: int, arguments: dict, **options):
-    """(the key the JIT finds a binary by, a function that compiles what the JIT would compile)."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    target = GPUTarget("cuda", cc, 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(**arguments)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, dict(options), bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return repr(specialization), lambda: triton.compile(
-        source, target=target, options=parsed.__dict__
-    )
 
 
 def ints(count: int, shift: int = 0) -> torch.Tensor:
@@ -145,18 +126,18 @@ KERNELS = {
 def compiled(name: str, cc: int, rows: int = 16, **case):
     kernel, make = KERNELS[name]
     arguments, options = make(rows, **case)
-    return keyed(kernel, cc, arguments, **options)[1]()
+    return specialized(kernel, cc, arguments, **options)[1]()
 
 
 @pytest.mark.parametrize("cc", CARDS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_one_binary_for_every_number_of_rows(name, cc, tmp_path):
+def test_one_binary_for_every_number_of_rows(name, cc):
     kernel, make = KERNELS[name]
-    made = [keyed(kernel, cc, make(rows)[0], **make(rows)[1]) for rows in ROWS]
+    made = [specialized(kernel, cc, make(rows)[0], **make(rows)[1]) for rows in ROWS]
     assert len({key for key, _ in made}) == 1
     few, many = made[0][1](), made[-1][1]()
     assert len({hashlib.sha256(one.asm["cubin"]).hexdigest() for one in (few, many)}) == 1
-    assert stack_bytes(few, tmp_path) == 0
+    assert facts(few).spilled == 0
 
 
 @pytest.mark.parametrize("name", ["embed", "rope_append", "accept", "commit"])
@@ -165,7 +146,7 @@ def test_a_kernel_that_specializes_has_several(name):
 
     kernel, make = KERNELS[name]
     plain = JITFunction(kernel.fn)
-    assert len({keyed(plain, 90, make(rows)[0], **make(rows)[1])[0] for rows in ROWS}) > 2
+    assert len({specialized(plain, 90, make(rows)[0], **make(rows)[1])[0] for rows in ROWS}) > 2
 
 
 @pytest.mark.parametrize("cc", CARDS)
@@ -182,10 +163,10 @@ def test_a_kernel_that_specializes_has_several(name):
         ("rope_append", {"width": 256, "dtype": torch.float32, "normed": False}, 12),
     ],
 )
-def test_rows_are_read_16_bytes_at_a_time(name, case, loads, cc, tmp_path):
+def test_rows_are_read_16_bytes_at_a_time(name, case, loads, cc):
     binary = compiled(name, cc, **case)
     assert len(WIDE_LOAD.findall(binary.asm["ptx"])) == loads
-    assert stack_bytes(binary, tmp_path) == 0
+    assert facts(binary).spilled == 0
 
 
 @pytest.mark.parametrize("cc", CARDS)
@@ -196,7 +177,7 @@ def test_nothing_is_fused_into_a_rounding_that_transformers_makes(cc):
 
 @pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("cc", CARDS)
-def test_the_number_of_a_round_is_stored_last(limited, cc, tmp_path):
+def test_the_number_of_a_round_is_stored_last(limited, cc):
     binary = compiled("accept", cc, limited=limited)
     lines = binary.asm["ptx"].splitlines()
 
@@ -207,7 +188,7 @@ def test_the_number_of_a_round_is_stored_last(limited, cc, tmp_path):
     stores = at("st.global")
     assert stores and max(stores) < release
     assert any(max(stores) < barrier < release for barrier in at("bar.sync"))
-    assert stack_bytes(binary, tmp_path) == 0
+    assert facts(binary).spilled == 0
 
 
 @pytest.mark.parametrize("cc", CARDS)

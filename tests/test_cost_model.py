@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from running import bench_script, invoke
 from xspec_runtime.cost.model import (
     Costs,
     acceptance_of,
@@ -219,12 +219,7 @@ def test_what_modelling_refuses(llama) -> None:
 
 
 def run(*arguments: object):
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("bench_cost_model", ROOT / "bench" / "cost_model.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CliRunner().invoke(module.app, [str(a) for a in arguments])
+    return invoke(bench_script("cost_model").app, *arguments)
 
 
 def test_everything_modelled_says_so(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xspec_runtime import cli
+from running import xspec
 from xspec_runtime.data.dsec import SAMPLES, check, open_dataset, present_durations
 from xspec_runtime.data.dsec_miniature import FIRST_SCENE, write_miniature
 from xspec_runtime.data.events import load_events, rasterize
@@ -115,15 +116,13 @@ def test_missing_datasets(written, tmp_path):
     with pytest.raises(ValueError, match="duration must be one of"):
         open_dataset(written, "3s")
     with pytest.raises(FileNotFoundError, match="file of samples not found"):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match=f"{written} holds datasets of .*: --duration names one"):
         open_dataset(written)
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["xspec", "dataset", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+def test_commands(tmp_path, capsys):
+    run = partial(xspec, "dataset")
 
     root = tmp_path / "root"
     assert run("generate", str(root), "--durations", "500ms", "--drives", "1", "--clips", "1") == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from running import invoke
 from xspec_runtime import cli, doctor
 from xspec_runtime.arms import Outcome, Task
 from xspec_runtime.data.scenes import event_stream, make_sample, render
@@ -212,20 +212,20 @@ def test_ask_answers_from_a_recording(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", event_stream(frames, np.random.default_rng(8)), allow_pickle=True)
     np.save(tmp_path / "v.npy", sample.video)
     arguments = ["ask", "--events", str(tmp_path / "e.npy"), "--video", str(tmp_path / "v.npy")]
-    result = CliRunner().invoke(cli.app, [*arguments, "What is happening in this scene?"])
+    result = invoke(cli.app, *arguments, "What is happening in this scene?")
     assert result.exit_code == 0, result.output
     assert "vehicle" in result.stdout
     assert "tokens per verify" in result.output
 
 
 def test_ask_names_a_missing_file(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["ask", "--events", str(tmp_path / "no.npy"), "What?"])
+    result = invoke(cli.app, "ask", "--events", tmp_path / "no.npy", "What?")
     assert result.exit_code == 2
     assert "no.npy" in result.output
 
 
 def test_doctor_names_every_op_and_package() -> None:
-    result = CliRunner().invoke(cli.app, ["doctor"])
+    result = invoke(cli.app, "doctor")
     assert result.exit_code == 0, result.output
     for word in ("tree_mask", "verify_greedy", "kv_commit", "transformers", "compiled kernels"):
         assert word in result.output
@@ -233,6 +233,6 @@ def test_doctor_names_every_op_and_package() -> None:
 
 def test_doctor_finds_an_unsupported_version(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "SUPPORTED", (("torch", "99", None, "everything"),))
-    result = CliRunner().invoke(cli.app, ["doctor"])
+    result = invoke(cli.app, "doctor")
     assert result.exit_code == 1
     assert "not supported" in result.output

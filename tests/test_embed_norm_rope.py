@@ -323,6 +323,10 @@ def test_rope_bad_arguments(changes, message):
             lambda: norm_act(torch.zeros(1, 4), torch.zeros(4), 0.1, residual=torch.zeros(2, 4)),
             "residual has shape",
         ),
+        (lambda: rope_table(torch.ones(2, 2), 8, torch.float32), r"inv_freq is .* \[2, 2\]"),
+        (lambda: rope_table(torch.ones(2).int(), 8, torch.float32), r"inv_freq is torch.int32"),
+        (lambda: rope_table(torch.ones(2), 0, torch.float32), "positions must be at least 1"),
+        (lambda: rope_table(torch.ones(2), 8, torch.int8), "dtype must be one of floats"),
     ],
 )
 def test_bad_arguments(call, message):

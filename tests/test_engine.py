@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
-    CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
-    LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
 )
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -21,7 +17,7 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
+from tiny import SIZES, VOCAB, OracleDrafter, prompt, reference, tiny_llama, tiny_video_llava
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.draft_model import ModelDrafter
@@ -141,38 +137,7 @@ def test_draft_siblings_stay_within_rows() -> None:
 
 
 def test_video_llava_equals_generate() -> None:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-    )
-    config = VideoLlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=126, video_token_index=127
-    )
-    model = VideoLlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    ids = torch.tensor([[1, 4, *[127] * 20, 6, 5]])
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": torch.randn(1, 4, 3, 28, 28),
-    }
-    out = model.generate(
-        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    truth = out[0, ids.shape[1] :].tolist()
+    model, inputs, truth = tiny_video_llava(40)
     decoder = SpeculativeDecoder(
         TransformersTarget(model, 256), OracleDrafter(truth, 2), SpecConfig(16, 40)
     )
@@ -215,15 +180,7 @@ def test_full_cache_is_one_clear_error() -> None:
 
 
 def tiny_mistral(sliding_window: int | None) -> MistralForCausalLM:
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=sliding_window,
-    )
+    config = MistralConfig(**SIZES, num_hidden_layers=1, sliding_window=sliding_window)
     return MistralForCausalLM(config)
 
 

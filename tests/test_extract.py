@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from xspec_runtime import cli
+from running import xspec
 from xspec_runtime.data.dsec import open_dataset
 from xspec_runtime.data.dsec_miniature import write_miniature
 from xspec_runtime.data.pairs import read_pairs
 from xspec_runtime.extract import ExtractOptions, extract, read_states
+from xspec_runtime.journal import Journal
 from xspec_runtime.models.vlm_pair import EmbeddedPair
 
 
@@ -75,6 +78,25 @@ def test_resumes(data, pair, tmp_path, monkeypatch):
         extract(pair, open_dataset(data), ExtractOptions(options.output, max_new_tokens=6))
 
 
+def test_damaged_journals(tmp_path):
+    path, config = tmp_path / "j.jsonl", {"gamma": 5}
+    head = json.dumps(config)
+    for text, rows in (
+        ("", []),
+        (f'{head}\n{{"key": 1}}\n{{"ke', [{"key": 1}]),
+        (f'{head}\n{{"key": 1, "error": "no file"}}\n{{"key": 2}}\n', [{"key": 2}]),
+    ):
+        path.write_text(text)
+        assert Journal(path, config, "key").rows == rows
+    for row in ("{nope", "[1]", '{"sample_idx": 1}'):
+        path.write_text(f'{head}\n{row}\n{{"key": 2}}\n')
+        with pytest.raises(ValueError, match=f"{path}, line 2 is damaged"):
+            Journal(path, config, "key")
+    path.write_text("{nope")
+    with pytest.raises(ValueError, match=f"{path}, line 1 is damaged"):
+        Journal(path, config, "key")
+
+
 def test_damaged_states(data, pair, tmp_path):
     options = ExtractOptions(tmp_path / "p.json", tmp_path / "states", max_new_tokens=3)
     extract(pair, open_dataset(data), options)
@@ -82,6 +104,9 @@ def test_damaged_states(data, pair, tmp_path):
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:50])
     with pytest.raises(RuntimeError, match="is damaged"):
+        read_states(options.states)
+    save_file({"draft": torch.zeros(1, 2, 3)}, chunk)
+    with pytest.raises(RuntimeError, match="is damaged: expected draft, target and lengths"):
         read_states(options.states)
     chunk.unlink()
     with pytest.raises(FileNotFoundError, match="chunk of hidden states not found"):
@@ -96,12 +121,8 @@ def test_damaged_states(data, pair, tmp_path):
         read_states(options.states)
 
 
-def test_command(data, tmp_path, monkeypatch, capsys):
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr("sys.argv", ["xspec", "extract", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+def test_command(data, tmp_path, capsys):
+    run = partial(xspec, "extract")
 
     out = tmp_path / "pairs.json"
     base = ("--dataset-dir", data, "--output", out, "--max-new-tokens", 4, "--max-samples", 1)
@@ -110,6 +131,13 @@ def test_command(data, tmp_path, monkeypatch, capsys):
     assert torch.tensor(json.loads(out.read_text())["results"][0]["vl_tokens"]).numel() == 4
     assert run(*base, "--single-question", "a", "--questions-file", data) == 2
     assert run(*base, "--max-questions", -1) == 2
+    capsys.readouterr()
+    for option, value in (
+        ("--chunk-size", 0), ("--max-samples", 0), ("--threads", -1), ("--single-question", " "),
+    ):  # fmt: skip
+        assert run(*base, option, value) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"error: {option} ")
     open_dataset(data).clips[0].events.rename(tmp_path / "kept.npy")
     try:
         assert run(*base[:2], "--output", tmp_path / "b.json", "--max-samples", 1) == 2

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from pair_cases import write_pairs
-from tape import TapeRecorder
+from running import bench_script, invoke
+from test_graphs import use_tape
 from tiny import VOCAB, prompt, tiny_llama
-from xspec_runtime import graphs
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
+from xspec_runtime.drafters.graph_draft import GraphDrafter
 from xspec_runtime.drafters.memory import NgramMemory
 from xspec_runtime.drafters.ngram import NgramDrafter
 from xspec_runtime.engine import SpeculativeDecoder
+from xspec_runtime.full_size.adapters import state_pass, token_adapter_tail
 from xspec_runtime.full_size.imposed import ImposedTarget, ImposedTree, imposed_drafts, script
 from xspec_runtime.full_size.oracle import Oracle, oracles_of_pairs, read_oracle
 from xspec_runtime.full_size.run import Options, run_full_size
@@ -31,16 +31,15 @@ TOKENS, ROWS = 24, 8
 ANSWER = script(VOCAB, TOKENS, 5)
 
 
-def target(graphs: bool | str) -> ImposedTarget:
+def target(graphs: bool | str, chain: Oracle | None = None) -> ImposedTarget:
     weights = LlamaWeights.of(tiny_llama(1))
-    return ImposedTarget(weights, ANSWER, capacity=96, backend="torch", graphs=graphs)
+    return ImposedTarget(weights, ANSWER, chain, capacity=96, backend="torch", graphs=graphs)
 
 
 @pytest.mark.parametrize("mode", ["ops", "plain call", "tape"])
 def test_rounds_accept_what_was_recorded(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mode == "tape":
-        monkeypatch.setattr(graphs, "can_capture", lambda device: True)
-        monkeypatch.setattr(graphs, "new_recorder", lambda device, pool: TapeRecorder())
+        use_tape(monkeypatch)
     oracle = Oracle("test", [3, 0, 7, 1, 2])
     asked = NgramDrafter(NgramMemory(), online=False)
     drafter = ImposedTree(asked, ANSWER, VOCAB, oracle)
@@ -51,6 +50,39 @@ def test_rounds_accept_what_was_recorded(mode: str, monkeypatch: pytest.MonkeyPa
     accepted = [r.accepted for r in out.rounds]
     assert accepted[:-1] == [oracle[i] for i in range(len(accepted) - 1)] and len(accepted) > 4
     assert {r.rows for r in out.rounds[:-1]} == {ROWS}
+
+
+@pytest.mark.parametrize("mode", ["plain call", "tape"])
+def test_an_adapter_in_the_same_launch(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its drafts are computed behind every verify, and as many as recorded are then right."""
+    if mode == "tape":
+        use_tape(monkeypatch)
+    oracle = Oracle("test", [3, 0, 4, 1, 2])
+    ours = target(True, oracle)
+    draft = GraphDrafter(LlamaTarget(tiny_llama(3), 96, "torch"), 4)
+    drafter = token_adapter_tail(ours, draft, 4, tiny=True)
+    ids, rounds = prompt(2), []
+    for _ in range(2):
+        out = SpeculativeDecoder(ours, drafter, SpecConfig(5, TOKENS)).generate(
+            {"input_ids": ids}, Request(ids[0].tolist(), {"input_ids": ids})
+        )
+        assert out.tokens == ANSWER[:TOKENS]
+        rounds += [(r.rows - 1, r.accepted) for r in out.rounds if r.rows > 1]
+        # What was said last by a round of one row, too.
+        assert drafter._follower.feed.fed[:TOKENS].tolist() == ANSWER[:TOKENS]
+    assert len(rounds) > 8
+    assert all(found == min(oracle[i], most) for i, (most, found) in enumerate(rounds)), rounds
+    plain = target(True)
+    wrong = token_adapter_tail(plain, draft, 4, tiny=True)
+    with pytest.raises(ValueError, match="need accepted lengths"):
+        SpeculativeDecoder(plain, wrong, SpecConfig(5, TOKENS)).generate(
+            {"input_ids": ids}, Request(ids[0].tolist(), {"input_ids": ids})
+        )
+
+
+def test_the_tokens_of_a_pass_are_those_of_its_states() -> None:
+    run = state_pass(target(True), 6, True, 1)
+    assert len(run()) == 6 and run() == run() and all(0 <= token < VOCAB for token in run())
 
 
 def test_drafts_in_the_prefill_and_after_it() -> None:
@@ -153,25 +185,26 @@ def test_wrong_options(options: dict, message: str) -> None:
 def test_tiny(tmp_path: Path) -> None:
     """The command itself, every arm."""
     out = tmp_path / "out.json"
-    where = importlib.util.spec_from_file_location("full_size", ROOT / "bench" / "full_size.py")
-    bench = importlib.util.module_from_spec(where)
-    where.loader.exec_module(bench)
-    arguments = ["--shape", "tiny", "--weights", "bf16", "--window-ms", "3", "--json", str(out)]
-    done = CliRunner().invoke(bench.app, arguments)
+    arguments = ["--shape", "tiny", "--weights", "bf16", "--window-ms", 3, "--json", out]
+    done = invoke(bench_script("full_size").app, *arguments)
     assert done.exit_code == 0, done.output
     assert "accepted lengths are imposed" in done.output and "made up from seed 0" in done.output
     found = json.loads(out.read_text())
     arms = found["arms"]
     assert list(arms) == [
         *("transformers_generate", "transformers_research_loop"),
-        *("plain", "separate_verify", "fused_exact", "fused_fast", "memory_tree"),
+        *("plain", "separate_verify", "l4_verify", "fused_exact", "fused_fast", "memory_tree"),
+        "adapter_tail",
     ]
     assert "imposed" in found["notice"] and not found["skipped"]
     assert arms["plain"]["speedup_decode"] == 1 and arms["plain"]["tokens_per_verify"] == 1
     assert arms["fused_fast"]["prefill_accepted"] > 0 == arms["fused_exact"]["prefill_accepted"]
-    assert arms["separate_verify"]["verifies"] == 1
+    assert arms["separate_verify"]["verifies"] == arms["l4_verify"]["verifies"] == 1
+    tail = arms["adapter_tail"]
+    assert tail["verifies"] > 1 < tail["accepted"]
+    assert tail["round"]["readbacks_per_round"] == 1.0
     for name, arm in arms.items():
-        drafted = name in ("separate_verify", "fused_exact", "fused_fast")
+        drafted = name in ("separate_verify", "l4_verify", "fused_exact", "fused_fast")
         hidden = arm["total_ms"] + 3 - arm["total_with_window_ms"]
         assert hidden == pytest.approx(3 if drafted else 0, abs=1e-6), name
 
@@ -180,5 +213,5 @@ def test_four_bit_without_peers() -> None:
     lines: list[str] = []
     options = Options("nf4", "tiny", device="cpu", peers=False)
     found = run_full_size(options, lines.append)
-    assert next(iter(found["arms"])) == "plain" and len(found["arms"]) == 5
-    assert all("imposed" in line for line in lines[2:]) and len(lines) == 7
+    assert next(iter(found["arms"])) == "plain" and len(found["arms"]) == 7
+    assert all("imposed" in line for line in lines[2:]) and len(lines) == 9

@@ -4,16 +4,20 @@ import json
 import re
 import sys
 import zipfile
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
 
+from test_graphs import FakeCuda
 from xspec_kernels import _dispatch
 from xspec_runtime.files import write_json
 from xspec_runtime.full_size.oracle import read_oracle
-from xspec_runtime.gpu import bundle, check, forward, kernels, law, rounds
+from xspec_runtime.gpu import bundle, check, clock, forward, kernels, law, rounds
 from xspec_runtime.gpu.cases import tree_mask_cases
 from xspec_runtime.gpu.clock import interleaved
 from xspec_runtime.gpu.compiled import compiled_kernels
@@ -190,6 +194,27 @@ def test_interleaved_times_every_entry():
     assert {key: timing.calls for key, timing in timings.items()} == dict.fromkeys("abc", 8)
     assert all(timing.ms > 0 and timing.spread >= 0 for timing in timings.values())
     assert calls[:3] == ["a"] * 3 and calls[9:12] == ["b"] * 3
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Another graph's capture empties torch's caches: memory that was let go would be gone."""
+    FakeCuda(monkeypatch)
+    graphs = []
+    for number in range(3):
+        weight = torch.full((2,), float(number))
+        graphs.append((clock.captured(partial(weight.add, 1), "cuda"), ref(weight)))
+        del weight
+    assert [held().tolist() for _, held in graphs] == [[0, 0], [1, 1], [2, 2]]
+    assert [replay().tolist() for replay, _ in graphs] == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_a_second_device_is_made_current(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or nullcontext())
+    for device in ("cpu", "cuda", "cuda:1"):
+        with clock.current(device):
+            pass
+    assert seen == ["cuda", "cuda:1"]
 
 
 def test_compiled_kernels_come_from_tritons_caches(monkeypatch):

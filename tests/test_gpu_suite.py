@@ -26,11 +26,26 @@ def command_line(*arguments: str, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+# What the suite does without; a machine with a GPU need not have them.
+NEEDLESS = ("accelerate", "av", "bitsandbytes", "matplotlib", "nvtx", "peft", "rich", "typer")
+
+
+def hiding(names: tuple[str, ...]) -> str:
+    """A statement after which none of the modules is there, for `find_spec` either."""
+    return f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
+
+
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory) -> Path:
-    """The folder of a dry run of everything, nothing carried."""
+    """The folder of a dry run of everything, nothing carried, without `NEEDLESS`."""
     out = tmp_path_factory.mktemp("gpu") / "out"
-    done = command_line("--dry-run", "--out", str(out), "--bundle", str(out / "none"))
+    # Python runs a file of this name that it finds on the module path, in every process.
+    start = tmp_path_factory.mktemp("start") / "sitecustomize.py"
+    start.write_text(hiding(NEEDLESS))
+    path = os.pathsep.join([str(start.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = command_line(
+        "--dry-run", "--out", str(out), "--bundle", str(out / "none"), PYTHONPATH=path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -134,18 +149,26 @@ def test_no_gpu_is_one_clear_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "--dry-run" in done.stderr
 
 
-def test_bare_tree_on_the_module_path(tmp_path):
+def test_bare_tree_with_nothing_but_torch_and_triton(tmp_path):
     packages = Path(torch.__file__).parents[1]
+    skipping = [name for name in PHASES if name not in ("check", "kernels", "baseline", "nf4")]
+    phases, bundle = ",".join(["check", *skipping]), tmp_path / "none"
+    arguments = ["--dry-run", "--phases", phases, "--out", str(tmp_path), "--bundle", str(bundle)]
     code = (
         "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
         f"sys.path.append({str(packages)!r})\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        f"sys.argv = ['x', '--dry-run', '--phases', 'check', '--out', {str(tmp_path)!r}]\n"
+        f"{hiding((*NEEDLESS, 'transformers', 'tokenizers', 'safetensors', 'PIL'))}"
+        f"sys.argv = ['x', *{arguments!r}]\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(tmp_path)["phases"]["check"]["status"] == "passed"
+    found = results(tmp_path)["phases"]
+    assert found["check"]["status"] == "passed"
+    for name in skipping:
+        messages = [part["message"] for part in found[name]["parts"].values()]
+        assert messages and all(text.startswith("transformers is not") for text in messages)
 
 
 def fake_phase(monkeypatch, name: str, *parts: Part) -> None:

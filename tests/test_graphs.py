@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
+import time
 from collections import Counter
 from contextlib import contextmanager
-from threading import Timer
+from functools import partial
+from threading import Thread, Timer
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from xspec_runtime.drafters.base import DraftTree, Request
 from xspec_runtime.drafters.graph_draft import GraphDrafter
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.graphs import Captured, CudaRecorder, Graphs
+from xspec_runtime.targets import llama_rounds
 from xspec_runtime.targets.llama import LlamaTarget
 from xspec_runtime.targets.llama_graphs import PREFILL_GRAPHS, wants_graphs
 from xspec_runtime.targets.llama_rounds import RoundBuffers
@@ -106,8 +111,15 @@ def test_a_recording_keeps_what_the_host_knew() -> None:
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
         lambda x: x + torch.tensor([1.0]),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.clone().index_put_([x > 0], x.sum()),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: torch.where(x > 0),
+        lambda x: bool(x.any()),
     ],
 )
+@torch.inference_mode()
 def test_waits_are_refused_and_nothing_is_kept(wait) -> None:
     x, refuse = torch.ones(2), [True]
     captured = Captured(lambda: wait(x) if refuse[0] else x * 2, TapeRecorder())
@@ -145,21 +157,27 @@ class FakeCuda:
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
         self.options: dict = {}
+        # torch's pool of streams, and the current one.
+        self.handles = itertools.cycle(range(32))
+        self.now = self._Stream(self, "main", -1)
+        monkeypatch.setattr(graphs, "_held", WeakValueDictionary())
         for name in ("Stream", "CUDAGraph", "current_stream", "stream", "device", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     class _Stream:
-        def __init__(self, cuda: FakeCuda, name: str) -> None:
-            self.cuda, self.name = cuda, name
+        device = CPU
+
+        def __init__(self, cuda: FakeCuda, name: str, handle: int = -2) -> None:
+            self.cuda, self.name, self.cuda_stream = cuda, name, handle
 
         def wait_stream(self, other) -> None:
             self.cuda.log.append(f"{self.name} waits for {other.name}")
 
-    def Stream(self, device):
-        return self._Stream(self, "side")
+    def Stream(self, device=None):
+        return self._Stream(self, "side", next(self.handles))
 
-    def current_stream(self, device):
-        return self._Stream(self, "main")
+    def current_stream(self, device=None):
+        return self.now
 
     def CUDAGraph(self):
         class Graph:
@@ -170,8 +188,12 @@ class FakeCuda:
     @contextmanager
     def stream(self, stream):
         self.log.append(f"on {stream.name}")
-        yield
-        self.log.append("off")
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+            self.log.append("off")
 
     @contextmanager
     def device(self, device):
@@ -182,7 +204,10 @@ class FakeCuda:
         self.options = options
         assert not gc.isenabled(), "a collection may call CUDA"
         self.log.append("capture")
+        before, self.now = self.now, options.get("stream", self._Stream(self, "torch's"))
         yield
+        # What fails inside leaves the stream as it is, as in torch.
+        self.now = before
         self.log.append("captured")
 
 
@@ -192,11 +217,66 @@ def test_the_order_of_cuda_calls(monkeypatch) -> None:
     captured(), captured()
     assert cuda.log == [
         "side waits for main", "on side", "run", "off", "main waits for side",
-        "capture", "run", "captured", "replay",
+        "on main", "capture", "run", "captured", "off", "replay",
     ]  # fmt: skip
     assert cuda.options["pool"] == (0, 7) and cuda.options["stream"].name == "side"
     assert cuda.options["capture_error_mode"] == "thread_local"
     assert gc.isenabled()
+
+
+def test_what_fails_leaves_the_callers_stream(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    main = cuda.now
+
+    def run(fails_behind: str) -> None:
+        if cuda.log[-1] == fails_behind:
+            raise ValueError
+
+    for place in ("on side", "capture"):
+        captured = Captured(partial(run, place), CudaRecorder(CPU, (0, 7)))
+        with pytest.raises(ValueError):
+            captured()
+        assert cuda.now is main and gc.isenabled()
+        assert "main waits for side" in cuda.log[-4:]
+
+
+def test_streams_are_not_handed_out_twice(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    held = [graphs.own_stream(CPU) for _ in range(31)]
+    held += [CudaRecorder(CPU, (0, 7))]
+    handles = [getattr(one, "_stream", one).cuda_stream for one in held]
+    assert sorted(handles) == list(range(32))
+    with pytest.warns(RuntimeWarning, match="all 32 streams of cpu are in use"):
+        graphs.own_stream(CPU)
+    del held[7]
+    assert graphs.own_stream(CPU).cuda_stream == handles[7]
+    assert next(cuda.handles) == handles[8]
+
+
+def test_first_calls_take_turns() -> None:
+    """A capture begins with a wait for the device, which another capture forbids."""
+    inside, most = [], []
+
+    class Slow(TapeRecorder):
+        def warm(self, run):
+            inside.append(run)
+            time.sleep(0.01)
+            most.append(len(inside))
+            return run()
+
+        def record(self, run):
+            time.sleep(0.01)
+            most.append(len(inside))
+            inside.remove(run)
+            return run, None
+
+    calls = [Captured(lambda i=i: i, Slow()) for i in range(3)]
+    threads = [Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
 
 
 # The target.
@@ -375,6 +455,15 @@ def test_a_launch_that_publishes_nothing() -> None:
     with pytest.raises(RuntimeError, match="idle and has published no decision"):
         rounds.read(1)
     rounds.write([DraftTree.root(9)], [3], 1)
+
+
+def test_a_launch_that_never_ends(monkeypatch) -> None:
+    monkeypatch.setattr(RoundBuffers, "_idle", lambda self: False)
+    monkeypatch.setattr(llama_rounds, "_LIMIT", 0.01)
+    rounds = RoundBuffers(CPU, "auto", 32)
+    rounds.launch(1, lambda: None)
+    with pytest.raises(RuntimeError, match="no decision after 0 s: a kernel hangs"):
+        rounds.read(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

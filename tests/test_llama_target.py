@@ -26,7 +26,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
+from tiny import SIZES, VOCAB, OracleDrafter, prompt, reference, tiny_llama
 from xspec_runtime.batch import BatchDecoder, BatchPrompt
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
@@ -62,19 +62,7 @@ def family(name: str, seed: int = 0, layers: int = 2) -> PreTrainedModel:
     """A tiny random model; biases and norms are random too, so that a lost one shows."""
     config_class, model_class, options = FAMILIES[name]
     torch.manual_seed(seed)
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
+    config = config_class(**SIZES, num_hidden_layers=layers, **options)
     model = model_class(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:

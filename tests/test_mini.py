@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
+from running import invoke
 from xspec_runtime.data.captions import QUESTIONS, Scene, draft_caption, target_caption
 from xspec_runtime.data.scenes import FACT_SIZES, event_stream, facts, make_sample, render
+from xspec_runtime.files import read_json
 from xspec_runtime.models import mini
 from xspec_runtime.models.eventgpt import EventGPTForConditionalGeneration
 from xspec_runtime.models.mini_train import app
+
+TRAINING = mini.CHECKPOINTS / "training.json"
 
 
 def test_scenes_are_reproducible() -> None:
@@ -75,7 +78,7 @@ def test_every_linear_reads_whole_tiles(name: str) -> None:
 def test_checkpoints_are_small_and_complete() -> None:
     size = sum(f.stat().st_size for f in mini.CHECKPOINTS.rglob("*") if f.is_file())
     assert size <= 16e6
-    assert mini.training_record()["stages_cpu_seconds"] < 40 * 60
+    assert read_json(TRAINING)["stages_cpu_seconds"] < 40 * 60
     assert len(mini.load_answers()) >= 2000
 
 
@@ -97,7 +100,7 @@ def test_captions_of_unseen_scenes() -> None:
         )
         answer = out[0, inputs["input_ids"].shape[1] :].tolist()
         right += mini.decode_answer(answer, tokenizer) == target_caption(sample.scene)
-    recorded = mini.training_record()["stages"]["target_lm"]["held_out_exact_captions"]
+    recorded = read_json(TRAINING)["stages"]["target_lm"]["held_out_exact_captions"]
     assert recorded >= 0.9
     # Three standard deviations of 30 draws below what training recorded.
     low = 30 * recorded - 3 * (30 * recorded * (1 - recorded)) ** 0.5
@@ -163,7 +166,7 @@ def test_bad_options_of_training(options: list[str], message: str, tmp_path: Pat
     (tmp_path / "file").write_text("")
     options = [o.replace("FILE", str(tmp_path / "file")) for o in options]
     arguments = ["train", "--out", str(tmp_path / "run"), "--to", str(tmp_path / "to"), *options]
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(app, *arguments)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -173,7 +176,7 @@ def test_bad_options_of_training(options: list[str], message: str, tmp_path: Pat
 def test_damaged_stage_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"half")
     arguments = ["train", "--out", str(tmp_path), "--smoke-steps", "1", "--threads", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "to")])
+    result = invoke(app, *arguments, "--to", tmp_path / "to")
     assert result.exit_code == 2 and not (tmp_path / "to").exists()
     assert f"{tmp_path / name} is damaged" in result.stderr and "remove it" in result.stderr
 
@@ -182,7 +185,7 @@ def test_smoke_training_resumes(tmp_path: Path) -> None:
     arguments = ["train", "--out", str(tmp_path / "run"), "--to", str(tmp_path / "out")]
     arguments += ["--smoke-steps", "20", "--threads", "1"]
     for _ in range(2):  # the second run finds everything done and only exports
-        result = CliRunner().invoke(app, arguments)
+        result = invoke(app, *arguments)
         assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["stages"]["target_lm"]["steps"] == 20

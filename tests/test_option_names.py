@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from running import bench_script
 from xspec_runtime.commands import app
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +64,7 @@ def listed() -> dict[tuple[str, str], tuple[str, str]]:
 def names_of(command: str) -> frozenset[str]:
     """Options of a command, and its arguments in capitals."""
     if command.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("command", ROOT / command)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found = typer.main.get_command(module.app)
+        found = typer.main.get_command(bench_script(Path(command).stem).app)
     else:
         found = typer.main.get_command(app)
         for part in command.removeprefix("xspec ").split():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from running import invoke
+from test_graphs import FakeCuda
 from tiny import prompt, reference, tiny_llama
 from xspec_runtime import cli
+from xspec_runtime import overlap as module
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.data.video_file import Stopped
 from xspec_runtime.drafters.base import Request
@@ -187,6 +190,62 @@ def test_the_drafts_prompt_is_read_once(target, ids, monkeypatch):
     assert len(begun) == 4
 
 
+# On a GPU: a wait there is a loop that holds the interpreter, and streams are a thread's own.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_take_short_turns_where_one_waits_for_a_gpu(target, ids, truth, mode, monkeypatch):
+    before, seen = sys.getswitchinterval(), []
+
+    def prepare(stop):
+        seen.append(sys.getswitchinterval())
+        if len(seen) == 3:
+            raise Boom
+        return {"input_ids": ids}
+
+    assert overlap(target, mode).generate(prepare, request_of(ids)).tokens == truth
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "device", torch.device("cuda", 1))
+        work = overlap(target, mode)
+    assert work.generate(prepare, request_of(ids)).tokens == truth
+    with pytest.raises(Boom):
+        work.generate(prepare, request_of(ids))
+    short = before if mode == "off" else pytest.approx(5e-5, rel=0.1)
+    assert seen == [before, short, short] and sys.getswitchinterval() == before
+
+
+def test_inputs_are_prepared_on_the_callers_stream(target, ids, truth, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    work = overlap(target, "window", limit=2)
+    monkeypatch.setattr(module, "_stream_of", lambda device: cuda.now)
+    prepare = lambda stop: cuda.log.append("prepared") or {"input_ids": ids}  # noqa: E731
+    assert work.generate(prepare, request_of(ids)).tokens == truth
+    assert cuda.log == ["on main", "prepared", "off"]
+
+
+@torch.inference_mode()
+def test_what_ran_beside_is_waited_for(ids, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    head = HeadStart(ModelDrafter(tiny_llama(SEED), gamma=3, capacity=128))
+    head._stream = cuda._Stream(cuda, "branch")
+    prefill = head.draft.begin
+    monkeypatch.setattr(head.draft, "begin", lambda r: cuda.log.append("prefill") or prefill(r))
+    request = request_of(ids)
+    with ThreadPoolExecutor(1) as pool:
+        head.run_beside(pool, request, 1, ())
+        head._running.result()
+        head.begin(request)
+        beside = ["branch waits for main", "on branch", "branch waits for branch", "prefill", "off"]
+        assert cuda.log == [*beside, "main waits for branch"]
+        # Nobody asked for it, and the next request does not run beside.
+        head.run_beside(pool, request, 1, ())
+        head._running.result()
+        head.abandon()
+        cuda.log.clear()
+        head.start(request_of(ids))
+    assert cuda.log == ["main waits for branch", "prefill"]
+
+
 class Boom(Exception):
     pass
 
@@ -302,8 +361,8 @@ def test_asking_says_where_the_time_went(clip, tmp_path):
     np.save(tmp_path / "events.npy", events)
 
     def ask(*options: object):
-        arguments = ["ask", "What is there?", "--events", tmp_path / "events.npy", *options]
-        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+        events = tmp_path / "events.npy"
+        return invoke(cli.app, "ask", "What is there?", "--events", events, *options)
 
     wrong = ask("--overlap", "both")
     assert wrong.exit_code == 2

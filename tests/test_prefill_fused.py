@@ -7,15 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
 )
 
-from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama
+from tiny import VOCAB, OracleDrafter, prompt, reference, tiny_llama, tiny_video_llava
 from xspec_runtime.batch import BatchDecoder, BatchPrompt
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.drafters.base import DraftTree, Request
@@ -184,41 +180,15 @@ def test_drafts_that_do_not_fit_the_cache_stay_behind(target, ids, truth) -> Non
     assert run.heights == [ids.shape[1] + 2]
 
 
-def tiny_video_llava() -> VideoLlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        image_size=28, patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.25,
-    )  # fmt: skip
-    config = VideoLlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=126, video_token_index=127
-    )
-    return VideoLlavaForConditionalGeneration(config).eval().requires_grad_(False)
-
-
 def test_no_placeholder_rides_with_a_video() -> None:
-    model = tiny_video_llava()
+    model, inputs, truth = tiny_video_llava(NEW)
     assert placeholder_ids(model.config) == {126, 127}
-    ids = torch.tensor([[1, 4, *[127] * 20, 6, 5]])
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": torch.randn(1, 4, 3, 28, 28),
-    }
-    made = model.generate(
-        **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    truth = made[0, ids.shape[1] :].tolist()
     target = TransformersTarget(model, 128)
     for drafted, riding in ((truth[:9], 9), ([*truth[:3], 127, *truth[4:9]], 3), ([126], 0)):
         run = Run(target, SpecConfig(16, NEW, prefill_fused="fast"))
         out = run(inputs, drafted=drafted)
         assert out.tokens == truth
-        assert run.heights[0] == ids.shape[1] + riding
+        assert run.heights[0] == inputs["input_ids"].shape[1] + riding
         assert out.prefill_accepted == riding
 
 

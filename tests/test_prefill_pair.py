@@ -96,7 +96,7 @@ def test_a_fork_inside_a_capture(monkeypatch) -> None:
     captured()
     inside = cuda.log[cuda.log.index("capture") + 1 : cuda.log.index("captured")]
     assert inside == [
-        "branch waits for main", "on branch", "side", "off", "main", "main waits for branch",
+        "branch waits for side", "on branch", "side", "off", "main", "side waits for branch",
     ]  # fmt: skip
     captured()
     assert cuda.log[-1] == "replay"

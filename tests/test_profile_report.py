@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from running import invoke
 from xspec_kernels import ranges
 from xspec_runtime.commands import app
 from xspec_runtime.drafters.base import Request
@@ -223,7 +223,7 @@ def test_two_sources_of_one_run_agree(recorded: dict) -> None:
 def test_command(recorded: dict, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     files = [str(path) for path in recorded["files"].values()]
-    shown = CliRunner().invoke(app, ["report", *files, "--json", str(out)])
+    shown = invoke(app, "report", *files, "--json", out)
     assert shown.exit_code == 0, shown.output
     for word in ("verify ms", "GPU busy", "launches a round", "= net", "target.prefill"):
         assert word in shown.output
@@ -285,7 +285,7 @@ BAD = {
 def test_other_files_are_one_line(kind: str, tmp_path: Path) -> None:
     make, message = BAD[kind]
     make(tmp_path / "file")
-    shown = CliRunner().invoke(app, ["report", str(tmp_path / "file")])
+    shown = invoke(app, "report", tmp_path / "file")
     assert shown.exit_code == 2 and message in shown.output.replace("\n", " "), shown.output
     assert len(shown.output.strip().splitlines()) == 1
 

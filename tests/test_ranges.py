@@ -1,6 +1,6 @@
 """NVTX ranges: what a tool sees of a real decode, and that nothing is felt where there is none.
 
-The tool is tests/nvtx/recorder.c, loaded the way Nsight Systems loads itself.
+The tool is tests/nvtx_tool/recorder.c, loaded the way Nsight Systems loads itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xspec_kernels import _native, ranges
 
 HERE = Path(__file__).resolve().parent
 BLOCK_PACKAGE = "import sys; sys.modules['nvtx'] = None\n"
+EMPTY_PACKAGE = "import sys, types; sys.modules['nvtx'] = types.ModuleType('nvtx')\n"
 # One decode with a draft that is the target itself, one with no draft; prints what it should show.
 DECODE = """
 import json
@@ -71,7 +72,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"needs gcc (found {compiler}) and nvtx3/nvToolsExt.h (found in {headers})")
     library = tmp_path_factory.mktemp("nvtx") / "recorder.so"
     options = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{headers}"]
-    command = [compiler, *options, "-o", library, HERE / "nvtx" / "recorder.c"]
+    command = [compiler, *options, "-o", library, HERE / "nvtx_tool" / "recorder.c"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
@@ -181,10 +182,12 @@ def test_unknown_name_is_an_error(name, enter):
     assert "verify.accept" in str(raised.value)
 
 
-@pytest.mark.parametrize("blocked", [[], ["nvtx"], ["nvtx", "xspec_kernels._C"]])
+@pytest.mark.parametrize("blocked", [[], ["nvtx"], ["nvtx", "xspec_kernels._C"], None])
 def test_nothing_happens_without_a_tool(blocked, monkeypatch):
+    """None: some folder called nvtx is taken for the package."""
     monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
     block = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    block = EMPTY_PACKAGE if blocked is None else block
     code = """
 from xspec_kernels import ranges
 assert not ranges.attached()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from running import bench_script, invoke
 from xspec_runtime.reference import api, public
 from xspec_runtime.reference.commands import commands, commands_markdown, parse
 from xspec_runtime.reference.examples import EXAMPLES
@@ -78,14 +78,10 @@ def test_sections_become_lists():
 
 
 def test_a_page_that_was_edited_is_noticed_and_mended(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "bench" / "reference.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "api_markdown", lambda: "api\n")
-    monkeypatch.setattr(script, "commands_markdown", lambda bench: "commands\n")
-
-    def run(*arguments: str):
-        return CliRunner().invoke(script.app, [*arguments, "--folder", str(tmp_path)])
+    bench = bench_script("reference")
+    monkeypatch.setattr(bench, "api_markdown", lambda: "api\n")
+    monkeypatch.setattr(bench, "commands_markdown", lambda bench: "commands\n")
+    run = partial(invoke, bench.app, "--folder", tmp_path)
 
     assert run().exit_code == 0 and run("--check").exit_code == 0
     (tmp_path / "api.md").write_text("API\n")

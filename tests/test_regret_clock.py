@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from typer.testing import CliRunner
 
+from running import bench_script, invoke
 from xspec_runtime.regret.run import AGAIN, RegretOptions, compare, spread
 from xspec_runtime.workloads import PLAIN
 
@@ -60,11 +59,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 @pytest.fixture
 def bench() -> ModuleType:
-    """The script, as a module."""
-    spec = importlib.util.spec_from_file_location("bench_regret", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("regret")
 
 
 def test_command_writes_what_it_measured(bench, tmp_path) -> None:
@@ -72,7 +67,7 @@ def test_command_writes_what_it_measured(bench, tmp_path) -> None:
     row = {"egpt_tokens": [1, 2, 3], "vl_tokens": [1, 2, 3, 4, 5, 6]}
     pairs.write_text(f"{json.dumps(row)}\n" * 6)
     arguments = ["--samples", 1, "--repeats", 2, "--arms", "ngram_cold,adapter", "--pairs", pairs]
-    done = CliRunner().invoke(bench.app, [*map(str, arguments), "--json", str(file), "--debug"])
+    done = invoke(bench.app, *arguments, "--json", file, "--debug")
     assert done.exit_code == 0, done.output
     assert "adapter priced" in done.stdout and "memory tree, cold" in done.stdout
     found = json.loads(file.read_text())
@@ -87,9 +82,9 @@ def test_command_writes_what_it_measured(bench, tmp_path) -> None:
 
 
 def test_command_refuses_before_it_runs(bench, tmp_path) -> None:
-    done = CliRunner().invoke(bench.app, ["--arms", "frob"])
+    done = invoke(bench.app, "--arms", "frob")
     assert done.exit_code == 2 and "unknown arms ['frob']" in done.output
     assert "Traceback" not in done.output
     (tmp_path / "folder").mkdir()
-    done = CliRunner().invoke(bench.app, ["--json", str(tmp_path / "folder")])
+    done = invoke(bench.app, "--json", tmp_path / "folder")
     assert done.exit_code == 2 and "it is a folder" in " ".join(done.output.split())

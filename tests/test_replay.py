@@ -146,7 +146,7 @@ def test_an_independent_scorer_agrees(pairs_file, tmp_path):
 def test_after_10_counts_the_verifies_that_start_late(pairs_file):
     results = run_replay(ReplayOptions(pairs_file, rows=(6,)))
     targets = [json.loads(line)["vl_tokens"] for line in pairs_file.read_text().splitlines()]
-    train = NgramMemory()
+    train = NgramMemory(recency=0)
     train.extend(targets[12:])
     rounds = [
         r for t in targets[:12] for r in replay(NgramDrafter(train, False), t, 6) if r.known >= 10

@@ -386,6 +386,9 @@ def test_interleave_gate():
     assert interleave_gate(gate[:, 0], up[:, 0]).tolist() == [0, 6, 2, 8, 4, 10]
     with pytest.raises(ValueError, match=r"\[3, 2\] and \[2, 2\] differ"):
         interleave_gate(gate, up[:2])
+    for other in (up.double(), up.to("meta")):
+        with pytest.raises(ValueError, match="interleave_gate: torch.float32 on cpu and .* differ"):
+            interleave_gate(gate, other)
 
 
 X, W = torch.zeros(3, 64), torch.zeros(6, 64)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from running import invoke
 from xspec_runtime.drafters.ngram import NgramDrafter
 from xspec_runtime.engine import Generation
 from xspec_runtime.soak import run as module
@@ -169,9 +169,7 @@ def command(small: SoakBench, monkeypatch, *arguments: object):
     monkeypatch.setattr(module, "SoakBench", lambda *_: small)
     monkeypatch.setattr(module, "PROMPTS", len(small.prompts))
     app = runpy.run_path(str(SCRIPT))["app"]
-    return CliRunner().invoke(
-        app, ["--seed", "5", "--engines", "transformers", *map(str, arguments)]
-    )
+    return invoke(app, "--seed", 5, "--engines", "transformers", *arguments)
 
 
 def test_ctrl_c_writes_what_was_done(small: SoakBench, monkeypatch, tmp_path) -> None:

@@ -23,9 +23,9 @@ from xspec_runtime.data.dsec_miniature import write_miniature
 from xspec_runtime.models import mini
 from xspec_runtime.models.eventgpt import EventGPTConfig, EventGPTForConditionalGeneration
 from xspec_runtime.models.vlm_pair import EmbeddedPair, FolderPair
-from xspec_runtime.stages import StageOptions, run_stages
 from xspec_runtime.stages.clock import stage_models
 from xspec_runtime.stages.record import parallel_record, statistics
+from xspec_runtime.stages.run import StageOptions, run_stages
 
 PUBLISHED_PARALLEL = {
     *("egpt_prefill_complete", "vl_prefill_complete", "overlap_window", "hidden_tokens"),
@@ -203,7 +203,10 @@ def test_bad_options(data, tmp_path, monkeypatch, capsys):
     for values, words in (
         ({"mode": "both"}, "--mode must be one of sequential, overlapped"),
         ({"max_new_tokens": "20,x"}, "--max-new-tokens must be numbers in 2..512, got 'x'"),
+        ({"max_new_tokens": "20,20"}, "--max-new-tokens names 20 more than once"),
         ({"max_samples": 0}, "--max-samples must be -1"),
+        ({"warmup": -1}, r"--warmup must be in 0\.\.1024, got -1"),
+        ({"threads": -1}, "--threads must be in 0"),
         ({"target": "x"}, "must both be mini"),
         ({"frames": "last"}, "--frames must be one of uniform, first-n"),
     ):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
-from xspec_runtime import cli
+from running import xspec
 from xspec_runtime.models import mini
 from xspec_runtime.text_acceptance import (
     Answer,
@@ -81,12 +82,8 @@ def test_recorded_answers_of_the_research(shared_dir):
     assert summary["first_divergence_histogram"]["0"] == 765
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["xspec", "tokens", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+def test_command(tmp_path, capsys):
+    run = partial(xspec, "tokens")
 
     left, right = tmp_path / "draft.txt", tmp_path / "target.txt"
     left.write_text("a red <i>car</i>\na dog\n")
@@ -101,3 +98,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert run(left, right) == 2 and "has 2 texts" in capsys.readouterr().err
     assert run(left, "a text") == 2 and "one of each" in capsys.readouterr().err
     assert run("no file") == 2 and "no file of recorded answers" in capsys.readouterr().err
+    assert run(left, left, "--show", -1) == 2 and "--show must be" in capsys.readouterr().err
+    assert run("a dog", " ") == 2 and "the target's text is empty" in capsys.readouterr().err
+
+
+def test_texts_longer_than_the_name_of_a_file(capsys):
+    assert xspec("tokens", "a b " * 100, "a c " * 100) == 0
+    assert "100 of 200 tokens at the same place" in " ".join(capsys.readouterr().out.split())

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tiny
+from running import xspec
 from xspec_runtime.adapters.mini.states import FIRST_SEED, write_scene_states
 from xspec_runtime.adapters.mini.text import BlindDrafter, trained_arms
 from xspec_runtime.adapters.mini.texts import write_scene_pairs
@@ -35,7 +36,6 @@ from xspec_runtime.adapters.training.draft_tuning import (
 from xspec_runtime.adapters.training.runs import write_run
 from xspec_runtime.adapters.training.states import open_states, read_head
 from xspec_runtime.adapters.training.text import build, open_text_pairs
-from xspec_runtime.commands import app
 from xspec_runtime.config import SpecConfig
 from xspec_runtime.data.captions import QUESTIONS
 from xspec_runtime.data.scenes import make_sample
@@ -73,12 +73,6 @@ def text_answers(count: int = 6) -> DraftAnswers:
     answers = torch.tensor([tiny.reference(target, p["input_ids"], 8) for p in prompts])
     lengths = torch.tensor([8 - i % 3 for i in range(count)])
     return DraftAnswers(prompts.__getitem__, answers, lengths, (), 64, None, "digest")
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        app(list(map(str, arguments)))
-    return stopped.value.code or 0
 
 
 def test_every_token_is_predicted_by_the_row_before_it():
@@ -171,7 +165,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(level, tmp_path):
     assert resumed == history
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    with pytest.raises(ValueError, match="other states or options"):
+    with pytest.raises(ValueError, match="other answers or options"):
         tune_draft(level, tiny.tiny_llama(seed=4), answers, PLAN, state=tmp_path / "state.pt")
 
 
@@ -304,7 +298,7 @@ def test_commands_tune_a_text_draft_into_a_folder(tmp_path, capsys):
     pairs, out = tmp_path / "pairs.json", tmp_path / "runs/l6"
     options = ["--draft", draft, "--target", target, "--num-epochs", 1, "--max-new-tokens", 6]
     wanted = [pairs, *options, "--prompts", prompts, "--val-split", 0.2]
-    assert run("train", "lora", *wanted, "--output-dir", out) == 0, capsys.readouterr().err
+    assert xspec("train", "lora", *wanted, "--output-dir", out) == 0, capsys.readouterr().err
     rows = json.loads(pairs.read_text())["results"]
     ids = torch.tensor([[5, 9, 14]])
     assert rows[0]["vl_tokens"] == tiny.reference(tiny.tiny_llama(9), ids, 6)
@@ -317,7 +311,7 @@ def test_commands_tune_a_text_draft_into_a_folder(tmp_path, capsys):
     assert tuned.config.vocab_size == tiny.VOCAB and (out / "best/tokenizer.json").is_file()
     names = load_file(out / "best/model.safetensors").keys()
     assert not any("lora" in name for name in names)
-    assert run("train", "lm-head", pairs, *options, "--output-dir", tmp_path / "runs/head") == 0
+    assert xspec("train", "lm-head", pairs, *options, "--output-dir", tmp_path / "runs/head") == 0
     assert json.loads((tmp_path / "runs/head/results.json").read_text())["level"] == "L6HEAD"
 
 
@@ -325,7 +319,7 @@ def test_bad_input_is_one_line(scenes, tmp_path, capsys, monkeypatch):
     pairs, rows = tmp_path / "pairs.json", json.loads((scenes / "pairs.json").read_text())
 
     def refused(says: str, *options: object, file: Path = pairs) -> None:
-        code = run("train", "lora", file, "--output-dir", tmp_path / "run", *options)
+        code = xspec("train", "lora", file, "--output-dir", tmp_path / "run", *options)
         said = capsys.readouterr().err.strip()
         assert code == 2 and says in said and "\n" not in said, said
         assert not (tmp_path / "run").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from running import in_two_processes, xspec
 from xspec_runtime.adapters import alignment, load_adapter, save_adapter
 from xspec_runtime.adapters.alignment import STATE_LEVELS
 from xspec_runtime.adapters.scoring.report import figures_table, score_test
@@ -25,7 +25,6 @@ from xspec_runtime.adapters.training.hidden import (
 )
 from xspec_runtime.adapters.training.runs import adapter_folder, find_run, star, write_run
 from xspec_runtime.adapters.training.states import ABSENT, Batch, States, open_states, read_head
-from xspec_runtime.commands import app
 from xspec_runtime.extract import StateFolder
 
 WIDTH, DRAFT, VOCAB = 16, 12, 20
@@ -156,13 +155,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     assert seen[0] == 4 and resumed == history
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    with pytest.raises(ValueError, match="other states or options"):
+    with pytest.raises(ValueError, match="other answers or options"):
         train_hidden("L4", states, head, SHORT, SIZES, state)
     folds, tokens = [list(range(20)), list(range(20, 24))], states.tokens.clamp(max=0)
     for other in ({"folds": folds}, {"tokens": tokens}):
-        with pytest.raises(ValueError, match="other states or options"):
+        with pytest.raises(ValueError, match="other answers or options"):
             train_hidden("L5", replace(states, **other), head, SHORT, SIZES, state)
-    with pytest.raises(ValueError, match="other states or options"):
+    with pytest.raises(ValueError, match="other answers or options"):
         train_hidden("L5", states, head.flip(0), SHORT, SIZES, state)
     state.write_bytes(b"no run")
     with pytest.raises(ValueError, match="damaged"):
@@ -207,13 +206,6 @@ def test_scores_count_what_they_say():
     assert wrong["token_match"] < 0.2 and wrong["accept_80"] == 0
 
 
-def _rank_loss(rank: int, file: str, out) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    out.put(_small_run())
-    torch.distributed.destroy_process_group()
-
-
 def _small_run() -> list[float]:
     states, head = material()
     plan = HiddenTraining(epochs=2, batch=5, held_out=0.25, hidden_share=0.4)
@@ -225,17 +217,7 @@ def _small_run() -> list[float]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_two_processes_have_the_loss_of_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    workers = [
-        context.Process(target=_rank_loss, args=(rank, str(tmp_path / "store"), out))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [out.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(60)
+    found = in_two_processes(_small_run, tmp_path)
     assert found[0] == found[1]
     assert found[0] == pytest.approx(_small_run(), rel=1e-4)
 
@@ -306,12 +288,6 @@ def opened(monkeypatch):
     return seen
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        app(list(map(str, arguments)))
-    return stopped.value.code or 0
-
-
 def test_training_never_opens_the_test(tmp_path, opened, capsys):
     states, head = material()
     train = write(tmp_path / "data/train", states)
@@ -321,23 +297,23 @@ def test_training_never_opens_the_test(tmp_path, opened, capsys):
     target = ["--target", tmp_path / "head.safetensors"]
     sizes = ["--num-heads", 2, "--ffn-dim", 16, "--num-epochs", 2, "--val-split", 0.25]
     options = ["--states", train, "--output-dir", tmp_path / "runs/l4", *target, *sizes]
-    assert run("train", "hidden", *options, "--level", "L9") == 2
+    assert xspec("train", "hidden", *options, "--level", "L9") == 2
     assert "level must be one of L1, " in capsys.readouterr().err and not opened
-    assert run("train", "hidden", *options) == 0
+    assert xspec("train", "hidden", *options) == 0
     assert opened == [train] and not (tmp_path / "runs/l4/state.pt").exists()
     record = json.loads((tmp_path / "runs/l4/results.json").read_text())
     assert record["level"] == "L4" and len(record["history"]) == 2 and record["draft"]
     (test / "chunk_00000.safetensors").chmod(0o600)
     figures = tmp_path / "figures.json"
     options = ["--run", tmp_path / "runs", "--level", "L4", *target, "--json", figures]
-    assert run("score", test, *options) == 0
+    assert xspec("score", test, *options) == 0
     assert opened == [train, test]
     found = json.loads(figures.read_text())
     assert found["shown"]["answers"] == 24 and found["shown"] != found["hidden"]
     capsys.readouterr()
-    assert run("score", train, *options) == 2
+    assert xspec("score", train, *options) == 2
     assert "trained the adapter" in capsys.readouterr().err.replace("\n", " ")
-    assert run("star", tmp_path / "runs/l4") == 0
+    assert xspec("star", tmp_path / "runs/l4") == 0
 
 
 def test_a_score_of_other_widths_is_refused():

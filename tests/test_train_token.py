@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from running import in_two_processes, xspec
 from xspec_runtime.adapters import TokenAdapter, TokenAdapterConfig, alignment, load_adapter
 from xspec_runtime.adapters.base import PAD
 from xspec_runtime.adapters.mini.states import FIRST_SEED, SCORE_SEED, scenes_missing
@@ -32,7 +32,6 @@ from xspec_runtime.adapters.training.text import (
     score_texts,
     train_text,
 )
-from xspec_runtime.commands import app
 from xspec_runtime.files import write_json
 from xspec_runtime.models import mini
 
@@ -64,12 +63,6 @@ def write(path: Path, values: list[dict], **beside) -> Path:
 @pytest.fixture
 def pairs(tmp_path) -> TextPairs:
     return open_text_pairs(write(tmp_path / "pairs.json", rows(), draft="draft_raw"), VOCAB)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        app(list(map(str, arguments)))
-    return stopped.value.code or 0
 
 
 def test_both_published_networks_have_their_parameters(tmp_path):
@@ -166,7 +159,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(pairs, tmp_path):
     assert resumed == history
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    with pytest.raises(ValueError, match="other states or options"):
+    with pytest.raises(ValueError, match="other answers or options"):
         train_text("token-bias", pairs, SHORT, SMALL["token"], state)
     assert run_key(SHORT, "a") != run_key(TextTraining(), "a")
 
@@ -176,7 +169,7 @@ def test_a_run_goes_on_with_its_own_split_and_sizes_alone(pairs, tmp_path):
     train_text("token", pairs, SHORT, SMALL["token"], state)
     drives = [list(range(12)), list(range(12, 24))]
     for other in ({"folds": drives}, {"vocab_size": VOCAB + 1}):
-        with pytest.raises(ValueError, match="other states or options"):
+        with pytest.raises(ValueError, match="other answers or options"):
             train_text("token", replace(pairs, **other), SHORT, SMALL["token"], state)
 
 
@@ -199,7 +192,7 @@ def test_training_that_diverges_writes_no_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(TextLesson, "loss", loss)
     sizes = ["--vocab-size", VOCAB, "--hidden-dim", 16, "--num-layers", 1, "--positions", 12]
-    assert run("train", "token", path, "--output-dir", tmp_path / "run", *sizes) == 2
+    assert xspec("train", "token", path, "--output-dir", tmp_path / "run", *sizes) == 2
     said = capsys.readouterr().err.strip()
     assert "diverged in epoch 1" in said and "\n" not in said
     assert not (tmp_path / "run").exists()
@@ -238,29 +231,12 @@ def _losses(plan: TextTraining) -> list[float]:
     return losses
 
 
-def _rank_losses(rank: int, file: str, out) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    out.put(_losses(TextTraining(epochs=2, batch=5, held_out=0.25)))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_two_processes_and_parts_of_a_batch_have_the_loss_of_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    workers = [
-        context.Process(target=_rank_losses, args=(rank, str(tmp_path / "store"), out))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [out.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(60)
-    plain = _losses(TextTraining(epochs=2, batch=5, held_out=0.25))
+    plan = TextTraining(epochs=2, batch=5, held_out=0.25)
+    found, plain = in_two_processes(lambda: _losses(plan), tmp_path), _losses(plan)
     assert found[0] == found[1] == pytest.approx(plain, rel=1e-4)
-    parts = _losses(TextTraining(epochs=2, batch=5, held_out=0.25, accumulation=3))
+    parts = _losses(replace(plan, accumulation=3))
     assert parts == pytest.approx(plain, rel=1e-4)
 
 
@@ -272,7 +248,7 @@ def test_the_command_writes_a_run_and_opens_no_test(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Path, "open", lambda p, *a, **k: opened.append(p) or plain(p, *a, **k))
     sizes = ["--hidden-dim", 16, "--num-layers", 1, "--num-heads", 2, "--ffn-dim", 32]
     options = ["--vocab-size", VOCAB, "--num-epochs", 2, "--positions", 12, *sizes]
-    assert run("train", "token", train, "--output-dir", tmp_path / "run", *options) == 0
+    assert xspec("train", "token", train, "--output-dir", tmp_path / "run", *options) == 0
     assert train in opened and test not in opened
     kept = {path.name for path in (tmp_path / "run").iterdir()}
     assert kept == {"best", "results.json", "RESULTS.md", "loss.png", "acceptance.png"}
@@ -284,12 +260,12 @@ def test_the_command_writes_a_run_and_opens_no_test(tmp_path, monkeypatch, capsy
     test.chmod(0o600)
     save_file({"lm_head.weight": torch.zeros(VOCAB, 4)}, tmp_path / "head.safetensors")
     options = ["--run", tmp_path / "run", "--target", tmp_path / "head.safetensors"]
-    assert run("score", test, *options, "--json", tmp_path / "figures.json") == 0
+    assert xspec("score", test, *options, "--json", tmp_path / "figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["shown"]["answers"] == 24 and figures["shown"]["tokens_per_verify"] >= 1
     assert figures["hidden"]["token_match"] == figures["shown"]["token_match_hidden"]
     capsys.readouterr()
-    assert run("score", train, *options) == 2
+    assert xspec("score", train, *options) == 2
     assert "pairs trained the adapter" in capsys.readouterr().err
     few, all_of_it = (open_text_pairs(train, VOCAB, limit) for limit in (3, None))
     assert len(few) == 3 and few.digest == all_of_it.digest
@@ -313,16 +289,19 @@ BAD = {"query": "?", "egpt_tokens": [3], "vl_tokens": [3, 4]}
         ([BAD, BAD | {"vl_tokens": [3]}], [], "has a token to predict"),
         ([BAD] * 2, ["--threads", -1], "--threads must be 0 or more"),
         ([BAD] * 2, ["--num-heads", 3], "multiple of 3 heads"),
-        ([BAD] * 2, ["--num-epochs", 0], "epochs must be an int in 1"),
-        ([BAD] * 2, ["--label-smoothing", 1], "smoothing must be from 0"),
+        ([BAD] * 2, ["--num-epochs", 0], "--num-epochs must be an int in 1"),
+        ([BAD] * 2, ["--learning-rate", "nan"], "--learning-rate must be above 0"),
+        ([BAD] * 2, ["--hidden-share", 1], "--hidden-share must be from 0 to below 1, got 1.0"),
+        ([BAD] * 2, ["--positions", 0], "--positions must be"),
+        ([BAD] * 2, ["--label-smoothing", 1], "--label-smoothing must be from 0"),
         ([BAD] * 2, ["--scenes", -1], "--scenes must be 0 or more"),
-        ([BAD] * 2, ["--val-split", 1], "held_out"),
+        ([BAD] * 2, ["--val-split", 1], "--val-split must be above 0 and below 1, got 1.0"),
     ],
 )
 def test_bad_input_is_one_line(values, options, says, tmp_path, capsys):
     path = write(tmp_path / "pairs.json", values)
     options = ["--vocab-size", VOCAB, "--hidden-dim", 16, *options]
-    code = run("train", "token", path, "--output-dir", tmp_path / "run", *options)
+    code = xspec("train", "token", path, "--output-dir", tmp_path / "run", *options)
     said = capsys.readouterr().err.strip()
     assert code == 2 and says in said and "\n" not in said
     assert not (tmp_path / "run/results.json").exists()
@@ -331,10 +310,10 @@ def test_bad_input_is_one_line(values, options, says, tmp_path, capsys):
 def test_a_target_says_its_vocabulary(tmp_path, capsys):
     path = write(tmp_path / "pairs.json", [BAD] * 2)
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 4}}')
-    assert run("train", "token", path, "--output-dir", tmp_path / "r", "--target", tmp_path) == 2
+    assert xspec("train", "token", path, "--output-dir", tmp_path / "r", "--target", tmp_path) == 2
     assert "an id below 4, got 4" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
-    assert run("train", "token", path, "--output-dir", tmp_path / "r", "--target", tmp_path) == 2
+    assert xspec("train", "token", path, "--output-dir", tmp_path / "r", "--target", tmp_path) == 2
     assert "give --vocab-size" in capsys.readouterr().err
 
 

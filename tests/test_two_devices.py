@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from running import invoke
 from tiny import prompt, reference, tiny_llama
 from virtual_devices import HOST, MixedDevices, VirtualDevices
 from xspec_runtime import cli
@@ -251,6 +251,6 @@ def test_options() -> None:
 def test_asking_refuses_a_device_that_is_none(tmp_path: Path) -> None:
     np.save(tmp_path / "events.npy", np.zeros(3))
     for option in ("--draft-device", "--target-device"):
-        arguments = ["ask", "What?", "--events", str(tmp_path / "events.npy"), option, "meta"]
-        out = CliRunner().invoke(cli.app, arguments)
+        events = tmp_path / "events.npy"
+        out = invoke(cli.app, "ask", "What?", "--events", events, option, "meta")
         assert out.exit_code == 2 and "must be cpu, cuda or cuda:N, got 'meta'" in out.stderr

@@ -307,6 +307,12 @@ def test_bad_arguments(changes, message):
         verify_tail(**arguments(**changes))
 
 
+def test_records_that_cannot_be_read():
+    for record, request in ((torch.zeros(0, 9), 0), (torch.zeros(9), 0), (torch.zeros(2, 9), 2)):
+        with pytest.raises(ValueError, match="read_record: record has shape"):
+            read_record(record.long(), request)
+
+
 def test_opcheck():
     made = (*arguments().values(), int32([4, 3]), int32([9, 2]), "auto")
     torch.library.opcheck(torch.ops.xspec.verify_tail, made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from transformers import (
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
-from typer.testing import CliRunner
 
+from running import bench_script, invoke
 from test_stages import llama, saved, tower
 from xspec_runtime import commands
 from xspec_runtime.data.dsec import SAMPLES, open_dataset
@@ -151,16 +150,12 @@ def line_of(command: str, data: Path, out: Path, *more: str) -> str:
     base = ["--dataset-dir", str(data), "--duration", "500ms"]
     if command == "e2e":
         more = ("--arms", "target", *more)
-        file = Path(__file__).resolve().parent.parent / "bench" / "e2e.py"
-        spec = spec_from_file_location("bench_e2e_again", file)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        app, arguments = module.app, [*base, "--warmup", "0", "--output-dir", str(out)]
+        app, arguments = bench_script("e2e").app, [*base, "--warmup", "0", "--output-dir", str(out)]
     else:
         app = commands.app
         place = ["--output-dir", str(out)] if command == "stages" else ["--output", str(out / "p")]
         arguments = [command, *base, *place]
-    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3", *more])
+    result = invoke(app, *arguments, "--max-new-tokens", 3, *more)
     assert result.exit_code == 2, result.output
     lines = [text for text in result.stderr.splitlines() if text.startswith("error:")]
     assert len(lines) == 1 and "Traceback" not in result.output

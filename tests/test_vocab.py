@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from xspec_runtime import cli
+from running import xspec
 from xspec_runtime.data.captions import QUESTIONS
 from xspec_runtime.data.scenes import make_sample, target_caption
 from xspec_runtime.drafters.base import DraftTree, Request
@@ -134,12 +135,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         load_tokenizer(str(tmp_path))
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["xspec", "vocab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+def test_command(tmp_path, capsys):
+    run = partial(xspec, "vocab")
 
     other = tmp_path / "other"
     trained(330).save_pretrained(other)

@@ -6,29 +6,59 @@ import random
 from collections.abc import Sequence
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 from xspec_runtime.drafters.base import DraftTree, Request
 
 VOCAB = 128
+IMAGE, VIDEO = 126, 127
+# Large initial weights keep top-2 gaps wide.
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.25, "bos_token_id": 1, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny_llama(seed: int, kv_heads: int = 2) -> LlamaForCausalLM:
-    """Three layers, four heads; large initial weights keep top-2 gaps wide."""
+    """Three layers."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        initializer_range=0.25,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+    sizes = SIZES | {"num_hidden_layers": 3, "num_key_value_heads": kv_heads}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+
+
+def tiny_video_llava(
+    new_tokens: int,
+) -> tuple[VideoLlavaForConditionalGeneration, dict[str, torch.Tensor], list[int]]:
+    """A model with placeholders `IMAGE` and `VIDEO`, a request of four frames, and transformers'
+    greedy answer.
+    """
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = VideoLlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**SIZES, num_hidden_layers=2),
+        image_token_index=IMAGE, video_token_index=VIDEO,
+    )  # fmt: skip
+    model = VideoLlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = torch.tensor([[1, 4, *[VIDEO] * 20, 6, 5]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(1, 4, 3, 28, 28),
+    }
+    out = model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model, inputs, out[0, ids.shape[1] :].tolist()
 
 
 def prompt(seed: int, length: int = 20) -> torch.Tensor:

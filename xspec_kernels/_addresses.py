@@ -23,15 +23,15 @@ def address_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     device = tensors[0].device
     key = (device, *(tensor.data_ptr() for tensor in tensors))
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
+    # Taken out and put back, as another thread may drop the oldest one meanwhile.
+    table = _tables.pop(key, None)
     if table is None:
         if capturing:
             raise RuntimeError("run the op once on these tensors before capturing a graph of it")
-        table = _tables[key] = torch.tensor(key[1:], dtype=torch.int64, device=device)
-        if len(_tables) > _MAX_TABLES:
-            _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
+        table = torch.tensor(key[1:], dtype=torch.int64, device=device)
+    _tables[key] = table
+    if len(_tables) > _MAX_TABLES:
+        _tables.popitem(last=False)
     if capturing:
         _captured[key] = table
     return table

@@ -42,9 +42,10 @@ __all__ = [
 ]
 
 try:
-    import nvtx as _nvtx
+    from nvtx import get_domain as _get_domain
 except ImportError:
-    _nvtx = None
+    # Also where `nvtx` is no package but some folder of that name on the module path.
+    _get_domain = None
 
 DOMAIN = "xspec"
 NAMES: dict[str, str] = {
@@ -189,8 +190,8 @@ def _color(name: str) -> int:
 
 def _attached() -> Tool | None:
     """The tool that listens, or None."""
-    if _nvtx is not None:
-        domain = _nvtx.get_domain(DOMAIN)
+    if _get_domain is not None:
+        domain = _get_domain(DOMAIN)
         idle = type(domain).__name__ == "DummyDomain"
         return _Package(domain) if not idle and hasattr(domain, "get_event_attributes") else None
     if getattr(_native.module, "nvtx_attached", bool)():

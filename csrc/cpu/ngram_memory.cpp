@@ -42,7 +42,7 @@ NgramCounts::NgramCounts(const Settings& settings) : settings_(settings), trie_(
 
 Weight NgramCounts::weight(uint64_t age) const {
   for (int level = 0; level < settings_.recency; ++level)
-    if (age < uint64_t(2) << 2 * level) return Weight(1) << 2 * (settings_.recency - level);
+    if (age < uint64_t(1) << 2 * level) return Weight(1) << 2 * (settings_.recency - level);
   return 1;
 }
 
@@ -56,7 +56,7 @@ void NgramCounts::extend(const std::vector<std::vector<Token>>& answers) {
   next_ += answers.size();
   ++version_;
   for (int level = 0; level < settings_.recency; ++level) {
-    const uint64_t age = uint64_t(2) << 2 * level;  // at which the weight falls
+    const uint64_t age = uint64_t(1) << 2 * level;  // at which the weight falls
     const uint64_t from = std::max(oldest_, first - std::min(first, age));
     const uint64_t to = std::min(first, next_ - std::min(next_, age));
     for (uint64_t known = from; known < to; ++known)

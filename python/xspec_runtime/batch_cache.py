@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from xspec_kernels import MAX_NODES, kv_commit
 
@@ -38,15 +38,8 @@ class _Slot(KVCache):
         self.layers = [_SlotLayer(self, layer, slot) for layer in whole.layers]
 
 
-class _BatchLayer(CacheLayerMixin):
+class _BatchLayer(KVLayer):
     """K and V of one layer, ``[B, H_kv, S, D]``; every request's rows go behind its own."""
-
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, cache: BatchKVCache) -> None:
-        super().__init__()
-        self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def room(like: torch.Tensor) -> torch.Tensor:
@@ -68,14 +61,6 @@ class _BatchLayer(CacheLayerMixin):
 
     def get_seq_length(self, *args) -> int:
         return self.cache.longest
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.longest + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        return self.cache.capacity
-
-    get_max_cache_shape = get_max_length
 
 
 class BatchKVCache(Cache):

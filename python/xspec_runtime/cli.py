@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import update_wrapper
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import explain
@@ -69,10 +74,58 @@ def run_cli(work: Callable[[], object], debug: bool = False, less_memory: str = 
     except KeyboardInterrupt as stop:
         _say(f"interrupted{f': {stop}' if str(stop) else ''}")
         sys.exit(130)
+    except BrokenPipeError:
+        # As rich does: whoever read the output has gone, and nothing may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise
         _fail(explain(error, less_memory))
+
+
+def command(group: typer.Typer, less_memory: str = "") -> Callable[[Callable], Callable]:
+    """Decorator: a command of `group` under the function's name, with a --debug of its own.
+
+    Args:
+        less_memory: see `run_cli`.
+    """
+    option = Annotated[bool, typer.Option(help="Show tracebacks.")]
+    last = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=option)
+
+    def add(work: Callable) -> Callable:
+        def run(debug: bool, **values: Any) -> None:
+            run_cli(lambda: work(**values), debug, less_memory)
+
+        options = [*signature(work, eval_str=True).parameters.values(), last]
+        update_wrapper(run, work)
+        run.__signature__ = signature(run).replace(parameters=options)
+        run.__annotations__ = {each.name: each.annotation for each in options}
+        group.command(cls=Command)(run)
+        return work
+
+    return add
+
+
+def script_command() -> str:
+    """The command line of a script, for its results."""
+    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error until the block ends; gives what moves it: how much is done, of how
+    much, and what is at work.
+    """
+    console = Console(stderr=True)
+    # Where it is no terminal, a bar that vanishes would leave an empty line.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+
+        def show(done: int, total: int | None, label: str | None = None) -> None:
+            bar.update(task, completed=done, total=total, description=label)
+
+        yield show
 
 
 def _say(message: str) -> None:
@@ -89,7 +142,7 @@ def _group() -> None:
     """Lossless speculative decoding for vision-language models."""
 
 
-@app.command(cls=Command)
+@command(app, "lower --rows, --gamma or --max-new-tokens")
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the recording.")],
     events: Annotated[Path, typer.Option(help="Event stream of the recording (.npy, .npz).")],
@@ -113,27 +166,8 @@ def ask(
     draft_device: Annotated[
         str, typer.Option(help="Where the event model runs, if elsewhere.")
     ] = "",
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Answer a question about a recording with the embedded pair; it streams."""
-    devices = target_device, draft_device
-    run_cli(
-        lambda: _ask(question, events, video, rows, gamma, max_new_tokens, overlap, devices),
-        debug,
-        "lower --rows, --gamma or --max-new-tokens",
-    )
-
-
-def _ask(
-    question: str,
-    events: Path,
-    video: Path | None,
-    rows: int,
-    gamma: int,
-    max_new_tokens: int,
-    overlap: str,
-    devices: tuple[str, str],
-) -> None:
     from .e2e import Options, set_threads
     from .inputs import (
         blank_video,
@@ -146,15 +180,10 @@ def _ask(
     from .overlap import Overlap, check_mode
     from .workloads import MiniPair
 
-    target, draft = devices
     options = Options(
-        "xspec ask",
-        gamma,
-        rows,
-        max_new_tokens=max_new_tokens,
-        target_device=target,
-        draft_device=draft or target,
-    )
+        "xspec ask", gamma, rows, max_new_tokens=max_new_tokens, target_device=target_device,
+        draft_device=draft_device or target_device,
+    )  # fmt: skip
     settings = options.settings()
     if overlap:
         check_mode(overlap, "--overlap")
@@ -197,15 +226,9 @@ def _ask(
     console.print(f"{work.stages}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command(cls=Command)
-def doctor(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-) -> None:
+@command(app)
+def doctor() -> None:
     """Say what is installed, which backend `auto` picks and why, and where caches are."""
-    run_cli(_doctor, debug)
-
-
-def _doctor() -> None:
     from .doctor import doctor as examine
 
     if not examine(Console()):

@@ -9,6 +9,8 @@ import torch
 
 from xspec_kernels import require_backend
 
+from .adapters.mini.text import trained_arms
+from .adapters.training.runs import STAR
 from .config import PREFILL_FUSED
 from .files import check_output
 from .inputs import check_device
@@ -17,6 +19,7 @@ from .temperature import check_sampling, parse_temperatures
 from .workloads import ENGINES, WEIGHTS, Settings
 from .workloads.video import overlap_modes
 
+ADAPTER_RUNS = ("", "latest", STAR)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,6 +146,7 @@ class Options:
         if parse_temperatures(self.temperature):
             check_sampling(names)
         self.overlap_modes()
+        self._check_adapters()
         if self.duration and not self.dataset_dir:
             raise ValueError("--duration goes with --dataset-dir")
         if self.dataset_dir and self.events:
@@ -153,3 +157,15 @@ class Options:
             )
         if self.video and not self.events:
             raise ValueError("--video goes with --events: the draft needs an event stream")
+
+    def _check_adapters(self) -> None:
+        """Before models are loaded: the runs are there, and for the pair."""
+        if self.adapter not in ADAPTER_RUNS:
+            raise ValueError(
+                f"--adapter must be {' or '.join(filter(None, ADAPTER_RUNS))}, got {self.adapter!r}"
+            )
+        if self.adapter and not self.adapters:
+            raise ValueError("--adapter needs --adapters, the folder of trained adapters")
+        if self.target == "mini":
+            tapped = self.engine == "transformers"
+            trained_arms(self.adapters, self.adapter_level, self.adapter, tapped)

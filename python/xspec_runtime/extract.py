@@ -14,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from .data.captions import QUESTIONS
 from .data.dsec import Clip, Dataset
 from .errors import out_of_memory
-from .files import check_output, replace_file, write_json
+from .files import check_output, existing_file, read_json, replace_file, write_json
 from .journal import Journal
 from .models.mini import decode_answer
 from .models.vlm_pair import VlmPair
@@ -28,6 +30,8 @@ from .stages.clock import StageModel, stage_models
 
 CHUNK = 1000
 STATES_SCHEMA = "xspec.states/1"
+# Tensors of a chunk, and how many dimensions each has.
+_STATES = {"draft": 3, "target": 3, "lengths": 2}
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,6 @@ class StateFolder:
 
     def pack(self, keys: Sequence[str], size: int, config: dict) -> None:
         """Write chunks and their index, then remove the loose files."""
-        from safetensors.torch import load_file
-
         chunks = []
         for start in range(0, len(keys), size):
             part = [load_file(self._path(key)) for key in keys[start : start + size]]
@@ -231,11 +233,6 @@ def read_states(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         ValueError: the index is damaged or names a file elsewhere.
         RuntimeError: a chunk is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from .files import existing_file, read_json
-
     index = read_json(folder / "index.json", "index of hidden states")
     chunks = index.get("chunks") if isinstance(index, dict) else None
     if not isinstance(index, dict) or index.get("schema") != STATES_SCHEMA or not chunks:
@@ -246,18 +243,15 @@ def read_states(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{folder / 'index.json'} names {json.dumps(name)}, expected a file")
         try:
-            parts.append(load_file(existing_file(folder / name, "chunk of hidden states")))
+            part = load_file(existing_file(folder / name, "chunk of hidden states"))
         except SafetensorError as error:
             raise RuntimeError(f"{folder / name} is damaged: {error}") from None
-    joined = []
-    for kind in ("draft", "target"):
+        if {key: len(value.shape) for key, value in part.items()} != _STATES:
+            raise RuntimeError(f"{folder / name} is damaged: expected draft, target and lengths")
+        parts.append(part)
+
+    def joined(kind: str) -> torch.Tensor:
         longest = max(part[kind].shape[1] for part in parts)
-        joined.append(
-            torch.cat(
-                [
-                    torch.nn.functional.pad(p[kind], (0, 0, 0, longest - p[kind].shape[1]))
-                    for p in parts
-                ]
-            )
-        )
-    return joined[0], joined[1], torch.cat([part["lengths"] for part in parts])
+        return torch.cat([pad(p[kind], (0, 0, 0, longest - p[kind].shape[1])) for p in parts])
+
+    return joined("draft"), joined("target"), torch.cat([part["lengths"] for part in parts])

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -127,6 +128,20 @@ def read_json(path: Path, what: str = "file") -> object:
         return json.loads(read_text(path, what))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {str(error) or 'it is empty'}") from None
+
+
+def read_saved(path: Path) -> Any:
+    """What `torch.save` wrote: tensors and plain values.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    import torch
+
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -13,6 +13,8 @@ What capture asks for, and where it is seen to:
     scratch memory             `Workspace` and tables of addresses refuse to grow while capturing.
                                The first call has grown them.
     other threads              They may allocate or pin memory: capture_error_mode="thread_local".
+                               Two captures at once may not be, as each begins by waiting for the
+                               whole device: first calls take turns.
     garbage                    A collected graph or pinned tensor would call CUDA while capturing:
                                the collector rests.
     waits                      CUDA refuses whatever waits for the device while capturing.
@@ -23,20 +25,31 @@ What capture asks for, and where it is seen to:
     dropped graphs             Dropping a graph clears the cuBLAS workspace of the stream that it
                                was captured on, under any other graph of that stream. So graphs that
                                may be dropped have a stream each.
+    streams                    torch hands out 32 a device, then the same ones again. Graphs of one
+                               stream share a cuBLAS workspace, and what another thread launches on
+                               a stream that captures becomes part of the graph: `own_stream`.
 """
 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 T = TypeVar("T")
 S = TypeVar("S")
+# Streams of a device in torch's pool.
+_STREAMS = 32
+
+_first_calls = RLock()
+_held: WeakValueDictionary[tuple[str, int], torch.cuda.Stream] = WeakValueDictionary()
 
 
 class Recorder(Protocol):
@@ -54,23 +67,26 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device, pool: tuple[int, int]) -> None:
         self._device, self._pool = device, pool
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)
 
     def warm(self, run: Callable[[], T]) -> T:
         """Run it between what the caller's stream has launched and what it will."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            result = run()
-        here.wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return run()
+        finally:
+            here.wait_stream(self._stream)
 
     def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Capture it. Raises what CUDA does where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         with (
             torch.cuda.device(self._device),
-            _no_collection(),
+            # Where a capture fails, torch leaves its stream behind as the current one.
+            torch.cuda.stream(here),
+            no_collection(),
             torch.cuda.graph(
                 graph,
                 pool=self._pool,
@@ -83,7 +99,8 @@ class CudaRecorder:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """Collect garbage now, and none while this lasts."""
     gc.collect()
     resting = not gc.isenabled()
     gc.disable()
@@ -118,8 +135,9 @@ class Captured(Generic[T]):
             return self._result
         if self.recorder is None:
             return self._run()
-        result = self.recorder.warm(self._run)
-        self._replay, self._result = self.recorder.record(self._run)
+        with _first_calls:
+            result = self.recorder.warm(self._run)
+            self._replay, self._result = self.recorder.record(self._run)
         return result
 
 
@@ -133,7 +151,7 @@ class Fork:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(device) if device.type == "cuda" else None
 
     def __call__(self, main: Callable[[], T], side: Callable[[], S]) -> tuple[T, S]:
         """Both results; whatever the caller launches next comes after both."""
@@ -193,6 +211,24 @@ class Graphs:
         if self.limit is None:
             self._idle.append(recorder)
         return recorder
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody holds who got it here; with a warning another one's, where all 32 of
+    torch's are held.
+    """
+    for _ in range(_STREAMS):
+        stream = torch.cuda.Stream(device)
+        key = (str(stream.device), stream.cuda_stream)
+        if key not in _held:
+            _held[key] = stream
+            return stream
+    warnings.warn(
+        f"all {_STREAMS} streams of {device} are in use: what runs at the same time may share one",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return stream
 
 
 def can_capture(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from .drafters.draft_model import ModelDrafter
 from .drafters.graph_draft import GraphDrafter
 from .drafters.merge import MergedDrafter, merge
 from .engine import SpeculativeDecoder
+from .graphs import own_stream
 from .prefill import DraftedText
 from .targets.llama_graphs import PrefillPair
 
@@ -43,7 +44,7 @@ class HeadStart:
         self._running: Future[None] | None = None
         self._stop = Event()
         device = draft.model.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(device) if device.type == "cuda" else None
 
     def run(
         self, request: Request, limit: int, ends: Sequence[int], done: Callable[[], bool]
@@ -68,6 +69,7 @@ class HeadStart:
         """Read the prompt; the decoder's `begin` will find that done."""
         self.clear()
         self._request = request
+        self._follow()
         self.started = self.ended = perf_counter()
         self.draft.begin(request)
         self.ended = perf_counter()
@@ -88,7 +90,6 @@ class HeadStart:
             self._stream.wait_stream(torch.cuda.current_stream(self.draft.model.device))
 
         def work() -> None:
-            # Every step ends with a copy to the host: nothing is left on the stream at the end.
             with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
                 self.run(request, limit, ends, self._stop.is_set)
 
@@ -97,14 +98,24 @@ class HeadStart:
     def join(self) -> None:
         """Stop what runs beside; an error of it is raised here, once."""
         running, self._running = self._running, None
-        if running is not None:
-            self._stop.set()
-            running.result()
+        try:
+            if running is not None:
+                self._stop.set()
+                running.result()
+        finally:
+            self._follow()
 
     def abandon(self) -> None:
         """The request is over, whatever became of it."""
         self._stop.set()
         self._running = self._request = None
+
+    def _follow(self) -> None:
+        """Launch what comes now behind all that ran beside. A launch tells the host its tokens
+        before it has put the rows of the cache, and the length that it reads, in their places.
+        """
+        if self._stream is not None:
+            torch.cuda.current_stream(self.draft.model.device).wait_stream(self._stream)
 
     def begin(self, request: Request) -> None:
         """Begin, unless `run` has."""

@@ -17,7 +17,7 @@ class Journal:
             with an `error` are tried again.
 
     Raises:
-        ValueError: the file is of a run with another configuration.
+        ValueError: the file is of a run with another configuration, or damaged.
     """
 
     def __init__(self, path: Path, config: dict, key: str = "sample_idx") -> None:
@@ -25,14 +25,23 @@ class Journal:
         self.rows: list[dict] = []
         if path.is_file():
             lines = [line for line in read_text(path).splitlines() if line]
-            try:
-                head, *rows = [json.loads(line) for line in lines]
-            except ValueError:
-                # The last line of a run that was killed; what is whole before it counts.
-                head, *rows = [json.loads(line) for line in lines[:-1]] or [None]
+            head, *rows = [self._row(i, line, lines) for i, line in enumerate(lines)] or [config]
             if head != config:
                 raise ValueError(f"{path} is of a run with other options; name another folder")
             self.rows = [row for row in rows if "error" not in row]
+
+    def _row(self, number: int, line: str, lines: list[str]) -> dict:
+        """Line `number`, 0 being the configuration; the rows of an `error` are not counted."""
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            # The last line of a run that was killed; what is whole before it counts.
+            if number and line is lines[-1]:
+                return {"error": str(error)}
+            row = None
+        if not isinstance(row, dict) or (number and not {self.key, "error"} & row.keys()):
+            raise ValueError(f"{self.path}, line {number + 1} is damaged; name another folder")
+        return row
 
     @property
     def done(self) -> set:

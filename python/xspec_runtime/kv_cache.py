@@ -16,7 +16,7 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: Cache) -> None:
         super().__init__()
         self.cache = cache
 
@@ -43,7 +43,7 @@ class KVLayer(CacheLayerMixin):
         return self.cache.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length + int(query_length), 0
+        return self.get_seq_length() + int(query_length), 0
 
     def get_max_length(self) -> int:
         return self.cache.capacity

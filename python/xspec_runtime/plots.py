@@ -4,7 +4,7 @@ what a verify costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +39,29 @@ STYLE = {
 }
 
 
+def draw_plots(
+    results: Mapping[str, Any], folder: Path, **plots: Callable[[Mapping[str, Any], Path], bool]
+) -> list[Path]:
+    """Draw those of `plots`, by the names of their files, that the results hold data for; returns
+    the files. Without matplotlib there are none.
+    """
+    try:
+        files = {folder / f"{name}.png": draw for name, draw in plots.items()}
+        return [file for file, draw in files.items() if draw(results, file)]
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return []
+
+
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot the results hold data for; returns the files."""
-    drawn = []
-    for draw, name in (
-        (draw_speedups, "speedups.png"),
-        (draw_histogram, "histogram.png"),
-        (draw_timeline, "timeline.png"),
-    ):
-        if draw(results, folder / name):
-            drawn.append(folder / name)
+    """The plots of an end-to-end run, see `draw_plots`."""
+    plots = {"speedups": draw_speedups, "histogram": draw_histogram, "timeline": draw_timeline}
     if results.get("temperatures"):
         from .temperature import draw_temperatures
 
-        if draw_temperatures(results, folder / "temperature.png"):
-            drawn.append(folder / "temperature.png")
-    return drawn
+        plots["temperature"] = draw_temperatures
+    return draw_plots(results, folder, **plots)
 
 
 def draw_speedups(results: Mapping[str, Any], path: Path) -> bool:
@@ -213,7 +220,8 @@ def draw_verify(results: Mapping[str, Any], path: Path) -> bool:
     figure.supxlabel("rows of the verify, M (dashed: trees)", fontsize=10)
     figure.supylabel("v(M) / v(1)", fontsize=10)
     entries = [(name, {"color": colors[name]}) for name in names]
-    figure.legend(handles=_patches(entries), ncols=len(entries), fontsize=9, frameon=False,
+    columns = min(len(entries), 2 * len(prompts))
+    figure.legend(handles=_patches(entries), ncols=columns, fontsize=9, frameon=False,
                   loc="outside upper left")  # fmt: skip
     return save_figure(figure, path)
 

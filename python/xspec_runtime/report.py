@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import write_json, write_text
 from .result_schema import LEDGER, ROUND_PHASES, validate_results
+from .tables import markdown, print_wide
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,6 @@ __all__ = [
 ]
 
 Results = Mapping[str, Any]
-Row = Sequence[str]
 
 
 def _fixed(digits: int, suffix: str = "", scale: float = 1.0) -> Callable[[Any], str]:
@@ -119,13 +119,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
         ValueError: see `validate_results`.
     """
     from rich.console import Console
-    from rich.measure import Measurement
 
-    console = console or Console()
-    table = render_table(results)
-    unbounded = console.options.update(max_width=1000)
-    table.width = Measurement.get(console, unbounded, table).maximum
-    console.print(table, soft_wrap=True)
+    print_wide(console or Console(), render_table(results))
 
 
 def markdown_table(results: Results) -> str:
@@ -137,13 +132,7 @@ def markdown_table(results: Results) -> str:
     validate_results(results)
     columns = _columns(results)
     rows = (_cells(arm, columns) for arm in results["arms"])
-    return _table(["arm", *(c.title for c in columns)], rows)
-
-
-def _table(titles: Row, rows: Iterable[Row]) -> str:
-    rule = ["---", *["---:"] * (len(titles) - 1)]
-    safe = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, rule, *safe))
+    return markdown(["arm", *(c.title for c in columns)], rows)
 
 
 def results_markdown(results: Results, plots: Sequence[Path] = ()) -> str:
@@ -243,7 +232,7 @@ def temperature_table(rows: Iterable[Mapping[str, Any]]) -> str:
         for row in sorted(rows, key=lambda row: row["arm"])
     ]
     titles = ["temperature", "acceptance", "tokens/verify", "speedup", "identical", "as at first"]
-    return _table(["arm", *titles], shown)
+    return markdown(["arm", *titles], shown)
 
 
 def _split_table(arms: Iterable[Mapping[str, Any]]) -> str:
@@ -252,19 +241,19 @@ def _split_table(arms: Iterable[Mapping[str, Any]]) -> str:
         split = [arm["round_split_ms"][phase] for phase in ROUND_PHASES]
         total = None if None in split else sum(split)
         rows.append([arm["name"], *(_two(value) for value in (*split, total))])
-    return _table(["arm", *ROUND_PHASES, "sum"], rows)
+    return markdown(["arm", *ROUND_PHASES, "sum"], rows)
 
 
 def _stages_table(arms: Iterable[Mapping[str, Any]]) -> str:
     rows = [[arm["name"], *(_ms(arm["stages"][key]) for key in _STAGES)] for arm in arms]
     titles = ["video ms", "draft ms", "hidden ms", "hidden tokens", "tokens", "TTFT ms"]
-    return _table(["arm", *titles], rows)
+    return markdown(["arm", *titles], rows)
 
 
 def _ledger_table(arms: Iterable[Mapping[str, Any]]) -> str:
     titles = ["tokens saved", "x step ms", "= saved ms", "- verify overhead ms", "- drafting ms"]
     rows = [[arm["name"], *(_two(arm["ledger"][key]) for key in LEDGER)] for arm in arms]
-    return _table(["arm", *titles, "= net ms"], rows)
+    return markdown(["arm", *titles, "= net ms"], rows)
 
 
 def _accepted_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -279,7 +268,7 @@ def _accepted_table(rows: Iterable[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _table(["accepted", "samples", "share", "median speedup", "slower", "verdict"], shown)
+    return markdown(["accepted", "samples", "share", "median speedup", "slower", "verdict"], shown)
 
 
 def check_output_dir(path: str | Path) -> Path:
@@ -310,17 +299,12 @@ def write_results(results: Results, output_dir: str | Path) -> list[Path]:
         ValueError: wrong results (see `validate_results`) or an output folder that cannot be
             written; nothing has been written then.
     """
+    from .plots import draw_all
+
     validate_results(results)
     folder = check_output_dir(output_dir)
     data, text = folder / "results.json", folder / "RESULTS.md"
     write_json(data, results)
-    try:
-        from .plots import draw_all
-
-        plots = draw_all(results, folder)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plots = []
+    plots = draw_all(results, folder)
     write_text(text, results_markdown(results, plots))
     return [data, text, *plots]

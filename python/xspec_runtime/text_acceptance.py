@@ -12,14 +12,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import mean, median, pstdev
 
 from transformers import PreTrainedTokenizerBase
 
 from .files import read_json, read_text
-from .metrics import published_acceptance
+from .metrics import consecutive_matches, published_acceptance
 from .vocab import Comparison
 
 SCHEMA = "xspec.tokens/1"
@@ -93,12 +92,11 @@ def compare_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase | None = N
     else:
         draft, target = answer.draft_text.split(), answer.target_text.split()
         method = "words"
-    same = (a == b for a, b in zip(draft, target, strict=False))
     return Compared(
         draft,
         target,
         {**published_acceptance(draft, target, bos=None), "method": method},
-        sum(1 for _ in takewhile(bool, same)),
+        consecutive_matches(draft, target),
         _similarity(answer.draft_text, answer.target_text),
     )
 

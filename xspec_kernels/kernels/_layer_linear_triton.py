@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from xspec_kernels._triton import jit, tl
 from xspec_kernels.kernels._layer_norm import gelu, join_moments, layer_normed, leave_moments
-from xspec_kernels.kernels._product import count_rows, leave_partial, narrow, sum_partials
+from xspec_kernels.kernels._product import (
+    count_rows,
+    leave_partial,
+    narrow,
+    settled,
+    sum_partials,
+)
 
 _POINTERS = ("num_rows", "bias", "moments", "residual_moments", "moments_out")
 
@@ -67,6 +73,8 @@ def _normed_product(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        if TMA and weight is not None and not INTERPRETED:
+            total = settled(total)
     return total
 
 

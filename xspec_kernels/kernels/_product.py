@@ -49,6 +49,19 @@ def normalized(a, scale, weight, INTERPRETED: tl.constexpr):
 
 
 @jit()
+def settled(total):
+    """`total` unchanged, used once more: the loop then waits for the instructions that make it.
+
+    On 9.0 matrix instructions run on behind their issue. With x in registers, Triton 3.6 lets those
+    of a step still read them while the next step writes them (triton-lang/triton#9433), unless
+    something in the loop needs their result.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@jit()
 def count_rows(
     weights,  # [N, K] or None: no early launch
     num_rows,  # [1] int32, read if `bounded`
@@ -129,6 +142,8 @@ def tile_product(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        if TMA and norm is not None and not INTERPRETED:
+            total = settled(total)
     return total
 
 

@@ -24,7 +24,19 @@ from xspec_kernels.kernels.norm_act import FLOATS, rms_norm_ref
 def rope_table(
     inv_freq: torch.Tensor, positions: int, dtype: torch.dtype, scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [positions, 2 * len(inv_freq)]: computed in float32, then cast to dtype."""
+    """cos and sin [positions, 2 * len(inv_freq)]: computed in float32, then cast to dtype.
+
+    Raises:
+        ValueError: inv_freq is no vector of floats, dtype none of floats, or positions below 1.
+    """
+    if inv_freq.dim() != 1 or not inv_freq.numel() or not inv_freq.is_floating_point():
+        raise ValueError(
+            f"rope_table: inv_freq is {inv_freq.dtype} {list(inv_freq.shape)}, expected floats [D/2]"
+        )
+    if positions < 1:
+        raise ValueError(f"rope_table: positions must be at least 1, got {positions}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"rope_table: dtype must be one of floats, got {dtype!r}")
     position = torch.arange(positions, device=inv_freq.device, dtype=torch.float32)
     angle = position[:, None] * inv_freq.float()
     angle = torch.cat((angle, angle), dim=-1)

@@ -43,11 +43,16 @@ def interleave_gate(w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
     """[N/2, K] twice -> [N, K] with rows gate 0, up 0, gate 1, ...; biases [N/2] likewise.
 
     Raises:
-        ValueError: the two differ in shape.
+        ValueError: the two differ in shape, dtype or device.
     """
     if w_gate.shape != w_up.shape:
         raise ValueError(
             f"interleave_gate: shapes {list(w_gate.shape)} and {list(w_up.shape)} differ"
+        )
+    if w_gate.dtype != w_up.dtype or w_gate.device != w_up.device:
+        raise ValueError(
+            f"interleave_gate: {w_gate.dtype} on {w_gate.device} and {w_up.dtype} on "
+            f"{w_up.device} differ"
         )
     return torch.stack([w_gate, w_up], 1).flatten(0, 1).contiguous()
 

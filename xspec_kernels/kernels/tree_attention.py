@@ -266,9 +266,17 @@ def tree_attention(
         ValueError: a shape, stride, dtype or device is wrong; on CPU tensors also for lengths that
             exceed S or max_seqlen and for tables out of range (not under Triton's interpreter).
     """
-    bound = k_cache.shape[-2] if max_seqlen is None else max_seqlen
+    for name, tensor, wanted in (
+        ("q", q, "[B, N, H_q, D]"), ("k_cache", k_cache, "[B, H_kv, S, D]"),
+    ):  # fmt: skip
+        if tensor.dim() != 4 or not tensor.shape[3]:
+            raise ValueError(
+                f"tree_attention: {name} has shape {list(tensor.shape)}, expected {wanted} with "
+                "D >= 1"
+            )
+    bound = k_cache.shape[2] if max_seqlen is None else max_seqlen
     scratch = None
-    if workspace is not None and q.dim() == 4:
+    if workspace is not None:
         floats = _kernels.scratch_floats(q, bound)
         scratch = workspace.buffer("attention.partial", (floats,), torch.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale

@@ -54,7 +54,16 @@ class TailRecord(NamedTuple):
 
 
 def read_record(record: torch.Tensor, request: int = 0) -> TailRecord:
-    """Parse one row of a record in host memory, whose SEQUENCE word has been seen to change."""
+    """Parse one row of a record in host memory, whose SEQUENCE word has been seen to change.
+
+    Raises:
+        ValueError: there is no such row, or it is not as `verify_tail` takes it.
+    """
+    if record.dim() != 2 or not 0 <= request < len(record) or record.shape[1] <= TOKENS:
+        raise ValueError(
+            f"read_record: record has shape {list(record.shape)}, expected [B, W] with B above "
+            f"{request} and W above {TOKENS}"
+        )
     words = record[request].tolist()
     return TailRecord(
         words[SEQUENCE],

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Protocol
 
+from torch import nn
+
 PAD = 0  # stands for a hidden draft, and for what lies behind a short one
 
 
@@ -41,6 +43,7 @@ class AdapterConfig:
     vocab_size: int
     width: int
     heads: int
+    dropout: float
 
     def __post_init__(self) -> None:
         """Raises `ValueError` naming the first value out of range."""
@@ -58,6 +61,16 @@ class AdapterConfig:
                 raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of {self.heads} heads, got {self.width}")
+
+
+def encoder_layer(
+    config: AdapterConfig, intermediate: int, norm_first: bool = False
+) -> nn.TransformerEncoderLayer:
+    """Attention and feed-forward of these sizes, with GELU."""
+    return nn.TransformerEncoderLayer(
+        config.width, config.heads, intermediate, config.dropout, activation="gelu",
+        batch_first=True, norm_first=norm_first,
+    )  # fmt: skip
 
 
 def path_chain(

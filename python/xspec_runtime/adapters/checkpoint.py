@@ -73,6 +73,13 @@ def load_adapter(
     return adapter.to(device, dtype).eval().requires_grad_(False)
 
 
+def adapter_config(
+    folder: Path, vocab_size: int | None = None
+) -> AdapterConfig | HiddenAdapterConfig:
+    """Sizes of the adapter in a folder; arguments and errors as of `load_adapter`."""
+    return _untrained(folder / "config.json", vocab_size).config
+
+
 def _untrained(path: Path, vocab_size: int | None) -> torch.nn.Module:
     """The network that the configuration at `path` describes, without memory for its weights."""
     try:

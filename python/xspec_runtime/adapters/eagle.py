@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .base import AdapterConfig
+from .base import AdapterConfig, encoder_layer
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,7 @@ class EagleFusion(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.token_width)
         self.join = nn.Linear(config.token_width + config.draft_width, config.width)
         self.position = nn.Embedding(config.positions, config.width)
-        layer = nn.TransformerEncoderLayer(
-            config.width,
-            config.heads,
-            4 * config.width,
-            config.dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+        layer = encoder_layer(config, 4 * config.width, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)

@@ -16,10 +16,15 @@ from xspec_kernels import (
 
 from .base import PAD
 from .hidden import HiddenAdapter
-from .token_adapter import TokenAdapter
+from .token_adapter import TokenAdapter, TokenAdapterConfig
 
 # Levels whose network is one of `adapter_forward`.
 LEVELS = ("L1", "L2", "L3", "L4")
+
+
+def takes(config: TokenAdapterConfig) -> bool:
+    """Whether `adapter_forward` has kernels of these widths."""
+    return config.width % 64 == config.intermediate % 64 == 0
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import PAD, AdapterConfig
+from .base import PAD, AdapterConfig, encoder_layer
 from .prefix_steps import PrefixProposer
 
 
@@ -51,15 +51,7 @@ class PrefixAdapter(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, width)
         self.draft_position = nn.Embedding(config.draft_positions, width)
         self.position = nn.Embedding(config.positions, width)
-        layer = nn.TransformerEncoderLayer(
-            width,
-            config.heads,
-            config.intermediate,
-            config.dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+        layer = encoder_layer(config, config.intermediate, norm_first=True)
         self.encoder = nn.TransformerEncoder(
             layer, config.encoder_layers, nn.LayerNorm(width), enable_nested_tensor=False
         )

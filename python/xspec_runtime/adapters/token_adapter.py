@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import alignment
-from .base import PAD, AdapterConfig, path_chain
+from .base import PAD, AdapterConfig, encoder_layer, path_chain
 
 CONFIGURABLE = {"vocab_size": 32000, "positions": 64, "token_bias": True}
 
@@ -54,14 +54,7 @@ class TokenAdapter(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.positions, config.width)
-        layer = nn.TransformerEncoderLayer(
-            config.width,
-            config.heads,
-            config.intermediate,
-            config.dropout,
-            activation="gelu",
-            batch_first=True,
-        )
+        layer = encoder_layer(config, config.intermediate)
         self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(config.width)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size)

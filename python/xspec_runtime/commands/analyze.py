@@ -11,12 +11,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
+from .train_run import Threads
 
-LESS_MEMORY = "analyze fewer levels at once with --level, or fewer answers"
 
-
-@app.command(cls=Command)
+@command(app, "analyze fewer levels at once with --level, or fewer answers")
 def analyze(
     states: Annotated[Path, typer.Argument(help="States that were kept for a test.")],
     run: Annotated[
@@ -40,34 +39,11 @@ def analyze(
     output_dir: Annotated[
         Path, typer.Option(help="For results.json, RESULTS.md, plots and a folder a level.")
     ] = Path("results/analyze"),
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 1,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    threads: Threads = 1,
 ) -> None:
     """Analyze adapters of states: cosine against tokens, acceptance by predicted features, where
     tokens are lost, and which targets of the research are met.
     """
-    run_cli(
-        lambda: _analyze(
-            states, run, level, adapter, pairs, target, scenes, gamma, e2e, output_dir, threads
-        ),
-        debug,
-        LESS_MEMORY,
-    )
-
-
-def _analyze(
-    states: Path,
-    runs: list[Path],
-    level: str,
-    adapter: str,
-    pairs: Path | None,
-    target: str,
-    scenes: int,
-    gamma: int,
-    e2e: Path | None,
-    output_dir: Path,
-    threads: int,
-) -> None:
     import torch
 
     from ..adapters.analysis.report import print_analysis
@@ -87,12 +63,13 @@ def _analyze(
     if threads:
         torch.set_num_threads(threads)
     head = read_head(target)
-    trained = find_adapters(runs, head.shape[0], level, adapter)
+    trained = find_adapters(run, head.shape[0], level, adapter)
     if missing:
         with Console(stderr=True).status(f"answers to {scenes} scenes"):
             write_scene_states(states, scenes, SCORE_SEED)
     material = open_states(states, head, pairs)
-    with Progress(console=Console(stderr=True), transient=True) as shown:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
         bars: dict[str, int] = {}
 
         def show(label: str, done: int, count: int) -> None:
@@ -101,8 +78,8 @@ def _analyze(
             shown.update(bars[label], completed=done)
 
         analysis = measure(trained, material, head, gamma, live, show)
-    command = shlex.join(["xspec", *sys.argv[1:]])
-    analysis.results.update(command=command, complete=True, environment=environment())
+    said = shlex.join(["xspec", *sys.argv[1:]])
+    analysis.results.update(command=said, complete=True, environment=environment())
     files = write_analysis(analysis, output_dir)
     console = Console()
     print_analysis(analysis.results, console)

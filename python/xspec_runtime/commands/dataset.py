@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from ..cli import Command, Group, app, run_cli
+from ..cli import Group, app, command, progress_bar
 
 dataset = typer.Typer(cls=Group, no_args_is_help=True, help="Event and video clips on disk.")
 app.add_typer(dataset, name="dataset")
 SHOWN = 10
 
 
-@dataset.command(cls=Command)
+@command(dataset)
 def generate(
     root: Annotated[
         Path, typer.Argument(help="Folder to write to: one dataset below it a duration.")
@@ -29,31 +28,19 @@ def generate(
     split: Annotated[
         str, typer.Option(help="Which part to imitate: seq (the test) or train.")
     ] = "seq",
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Write a miniature of procedural scenes in the DSEC layout; clips that exist are kept."""
+    from ..data.dsec_miniature import write_miniature
 
-    def work() -> None:
-        from ..data.dsec_miniature import write_miniature
-
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task("clips", total=None)
-            folders = write_miniature(
-                root,
-                tuple(name.strip() for name in durations.split(",")),
-                drives,
-                clips,
-                split,
-                lambda done, total: progress.update(bar, completed=done, total=total),
-            )
-        for folder in folders:
-            console.print(f"{drives * clips} clips in {folder}", markup=False, highlight=False)
-
-    run_cli(work, debug)
+    names = tuple(name.strip() for name in durations.split(","))
+    with progress_bar("clips") as show:
+        folders = write_miniature(root, names, drives, clips, split, show)
+    console = Console(stderr=True, markup=False, highlight=False)
+    for folder in folders:
+        console.print(f"{drives * clips} clips in {folder}")
 
 
-@dataset.command(cls=Command)
+@command(dataset)
 def check(
     folder: Annotated[
         Path, typer.Argument(help="A dataset in the DSEC layout, or the folder above several.")
@@ -64,26 +51,17 @@ def check(
     read: Annotated[
         bool, typer.Option("--read", help="Also read every event stream and video to its end.")
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Say what a dataset holds and which of its files are missing or damaged."""
+    from ..data.dsec import check as faults_of
+    from ..data.dsec import open_dataset
 
-    def work() -> None:
-        from ..data.dsec import check as faults_of
-        from ..data.dsec import open_dataset
-
-        found = open_dataset(folder, duration)
-        console = Console(soft_wrap=True)
-        console.print(
-            f"{found.folder}: {len(found.clips)} clips of {len(found.drives)} drives"
-            + (f", {found.duration} each" if found.duration else ""),
-            markup=False,
-            highlight=False,
-        )
-        faults = faults_of(found, read)
-        for fault in faults[:SHOWN]:
-            console.print(fault, markup=False, highlight=False)
-        if faults:
-            raise ValueError(f"{len(faults)} faults in {found.folder}")
-
-    run_cli(work, debug)
+    found = open_dataset(folder, duration)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    each = f", {found.duration} each" if found.duration else ""
+    console.print(f"{found.folder}: {len(found.clips)} clips of {len(found.drives)} drives{each}")
+    faults = faults_of(found, read)
+    for fault in faults[:SHOWN]:
+        console.print(fault)
+    if faults:
+        raise ValueError(f"{len(faults)} faults in {found.folder}")

@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
 
-from ..cli import Command, app, run_cli
-
-if TYPE_CHECKING:
-    from ..evaluate.run import EvaluateOptions
+from ..cli import app, command, progress_bar
 
 
-@app.command(cls=Command)
+@command(app, "lower --limit or --rows")
 def evaluate(
     pairs: Annotated[
         Path | None,
@@ -52,34 +48,19 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option(help="Go on with the unfinished run in the output folder.")
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Compare all sources of drafts, alone, together, and with the draft hidden."""
-    command = " ".join(["xspec", *(os.path.relpath(a) if os.path.isabs(a) else a
-                                   for a in sys.argv[1:])])  # fmt: skip
-    values = (pairs, train, folds, by_drive, gamma, rows, sources, sizes, limit, scenes, seed)
-
-    def work() -> None:
-        from ..evaluate.run import EvaluateOptions
-
-        _evaluate(EvaluateOptions(*values, backend, output_dir, resume, command))
-
-    run_cli(work, debug, "lower --limit or --rows")
-
-
-def _evaluate(options: EvaluateOptions) -> None:
     from ..evaluate.report import print_evaluation, write_evaluation
+    from ..evaluate.run import EvaluateOptions
     from ..evaluate.run import evaluate as measure
 
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        results = measure(
-            options,
-            lambda done, steps, label: bar.update(
-                task, completed=done, total=steps, description=label
-            ),
-        )
+    words = (os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:])
+    options = EvaluateOptions(
+        pairs, train, folds, by_drive, gamma, rows, sources, sizes, limit, scenes, seed, backend,
+        output_dir, resume, " ".join(["xspec", *words]),
+    )  # fmt: skip
+    with progress_bar("reading") as show:
+        results = measure(options, show)
     console = Console()
     print_evaluation(results, console)
     files = [options.folder / "results.json", *write_evaluation(results, options.folder)]

@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
+from .stages import LESS_MEMORY, DatasetDir, Draft, Dtype, Frames, Target
+from .train_run import Device, Threads
 
 
-@app.command(cls=Command)
+@command(app, LESS_MEMORY)
 def extract(
-    dataset_dir: Annotated[
-        Path, typer.Option(help="A dataset in the DSEC layout, or the folder above several.")
-    ],
+    dataset_dir: DatasetDir,
     output: Annotated[Path, typer.Option(help="Where to write the token pairs, JSON.")],
     duration: Annotated[str, typer.Option(help="Which of several datasets: 500ms, 1s, ...")] = "",
     states: Annotated[
@@ -26,72 +26,65 @@ def extract(
         Path | None, typer.Option(help="Questions to ask of every clip, one a line.")
     ] = None,
     single_question: Annotated[
-        str, typer.Option(help="One question to ask of every clip instead.")
-    ] = "",
+        str | None, typer.Option(help="One question to ask of every clip instead.")
+    ] = None,
     max_questions: Annotated[
         int, typer.Option(help="Only so many questions of the file; 0: all.")
     ] = 0,
     max_samples: Annotated[int, typer.Option(help="Only so many clips; -1: all.")] = -1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 50,
     chunk_size: Annotated[int, typer.Option(help="Answers in one file of states.")] = 1000,
-    frames: Annotated[
-        str, typer.Option(help="Which 8 frames of a video: uniform or first-n.")
-    ] = "uniform",
-    target: Annotated[
-        str, typer.Option(help="mini (the embedded one) or a folder of Video-LLaVA.")
-    ] = "mini",
-    draft: Annotated[
-        str, typer.Option(help="mini (the embedded one) or a folder of xspec convert.")
-    ] = "mini",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 1,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    frames: Frames = "uniform",
+    target: Target = "mini",
+    draft: Draft = "mini",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 1,
 ) -> None:
     """Answer every clip with both models and keep the tokens; an interrupted run goes on."""
+    import torch
 
-    def work() -> None:
-        import torch
+    from ..data.dsec import open_dataset
+    from ..extract import ExtractOptions
+    from ..extract import extract as run
+    from ..files import read_lines
+    from ..inputs import check_device
+    from ..stages.run import StageOptions, open_pair
 
-        from ..data.dsec import open_dataset
-        from ..extract import ExtractOptions
-        from ..extract import extract as run
-        from ..files import read_lines
-        from ..inputs import check_device
-        from ..stages.run import StageOptions, open_pair
-
-        if single_question and questions_file:
-            raise ValueError("give --single-question or --questions-file, not both")
-        if max_questions < 0:
-            raise ValueError(f"--max-questions must be 0 (all) or more, got {max_questions}")
-        check_device(device)
-        asked = [single_question] if single_question else []
-        if questions_file:
-            asked = read_lines(questions_file)[: max_questions or None]
-        place = StageOptions(
-            dataset_dir, max_new_tokens=str(max_new_tokens), frames=frames, target=target,
-            draft=draft, device=device, dtype=dtype,
+    if single_question is not None and questions_file:
+        raise ValueError("give --single-question or --questions-file, not both")
+    if single_question is not None and not single_question.strip():
+        raise ValueError("--single-question is empty")
+    if max_questions < 0:
+        raise ValueError(f"--max-questions must be 0 (all) or more, got {max_questions}")
+    if chunk_size < 1:
+        raise ValueError(f"--chunk-size must be at least 1, got {chunk_size}")
+    check_device(device)
+    asked = [single_question] if single_question else []
+    if questions_file:
+        asked = read_lines(questions_file)[: max_questions or None]
+    place = StageOptions(
+        dataset_dir, max_samples=max_samples, max_new_tokens=str(max_new_tokens), frames=frames,
+        target=target, draft=draft, device=device, dtype=dtype, threads=threads,
+    )  # fmt: skip
+    place.check()
+    data = open_dataset(dataset_dir, duration)
+    if threads:
+        torch.set_num_threads(threads)
+    options = ExtractOptions(
+        output, states, tuple(asked), max_samples, max_new_tokens, frames, chunk_size
+    )
+    console = Console(stderr=True)
+    columns = ("answers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pair = open_pair(place)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = progress.add_task("answers", total=None)
+        record = run(
+            pair, data, options,
+            lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
-        place.check()
-        data = open_dataset(dataset_dir, duration)
-        if threads:
-            torch.set_num_threads(threads)
-        options = ExtractOptions(
-            output, states, tuple(asked), max_samples, max_new_tokens, frames, chunk_size
-        )
-        console = Console(stderr=True)
-        columns = ("answers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("answers", total=None)
-            record = run(
-                open_pair(place), data, options,
-                lambda done, total: progress.update(bar, completed=done, total=total),
-            )  # fmt: skip
-        console.print(
-            f"{record['total_samples']} pairs in {output}"
-            + (f", {record['error_count']} failed" if record["error_count"] else ""),
-            markup=False,
-            highlight=False,
-        )
-
-    run_cli(work, debug, "lower --max-new-tokens, or take --dtype bfloat16")
+    failed = f", {record['error_count']} failed" if record["error_count"] else ""
+    console.print(
+        f"{record['total_samples']} pairs in {output}{failed}", markup=False, highlight=False
+    )

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
 
 
-@app.command(cls=Command)
+@command(app)
 def report(
     files: Annotated[
         list[Path],
@@ -27,13 +27,8 @@ def report(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Make a table of profiles: what verifies cost, what lies between, whether drafting paid."""
-    run_cli(lambda: _report(files, step_ms, json_file), debug)
-
-
-def _report(files: list[Path], step_ms: float | None, json_file: Path | None) -> None:
     from ..files import check_output, write_json
     from ..profiling.figures import figures, read_timeline
     from ..profiling.table import tables

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
 
 
-@app.command(cls=Command)
+@command(app)
 def tokens(
     draft: Annotated[
         str, typer.Argument(help="A text, a file of texts, one a line, or recorded answers (JSON).")
@@ -30,20 +30,15 @@ def tokens(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the statistics to this file.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Count the tokens of a draft's text that stand where the target has them; runs no model."""
-    run_cli(lambda: _tokens(draft, target, tokenizer, inspect, show, json_file), debug)
-
-
-def _tokens(
-    draft: str, target: str, tokenizer: str, inspect: Path | None, show: int, json_file: Path | None
-) -> None:
     from ..files import check_output, write_json, write_text
     from ..text_acceptance import compare_answer, summarize_answers
     from ..text_report import html, markdown
     from ..vocab import load_tokenizer
 
+    if show < 0:
+        raise ValueError(f"--show must be at least 0, got {show}")
     answers = _answers(draft, target)
     pages = [inspect / f"INSPECT.{end}" for end in ("html", "md")] if inspect else []
     for path in filter(None, (json_file, *pages)):
@@ -77,14 +72,24 @@ def _answers(draft: str, target: str):
     from ..text_acceptance import Answer, read_answers
 
     if not target:
-        if not Path(draft).is_file():
+        if not _is_file(draft):
             raise ValueError(f"{draft!r} is no file of recorded answers; for a text, give two")
         return read_answers(Path(draft))
-    if Path(draft).is_file() != Path(target).is_file():
+    if _is_file(draft) != _is_file(target):
         raise ValueError("give two texts or two files, not one of each")
-    if not Path(draft).is_file():
+    if not _is_file(draft):
+        if not draft.strip() or not target.strip():
+            raise ValueError(f"the {'target' if draft.strip() else 'draft'}'s text is empty")
         return [Answer(draft, target)]
     left, right = read_lines(Path(draft)), read_lines(Path(target))
     if len(left) != len(right):
         raise ValueError(f"{draft} has {len(left)} texts, {target} has {len(right)}")
     return [Answer(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def _is_file(text: str) -> bool:
+    """Whether `text` names a file; a whole answer is longer than a name may be."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False

@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from ..cli import Command, Group, app, run_cli
+from ..cli import Group, app, command, progress_bar
 
 train = typer.Typer(cls=Group, no_args_is_help=True, help="Train drafters on recorded answers.")
 app.add_typer(train, name="train")
 
 
-@train.command(cls=Command)
+@command(train, "lower --width or --limit")
 def head(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
     destination: Annotated[Path, typer.Argument(help="File for the head (.safetensors).")],
@@ -26,25 +25,8 @@ def head(
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Train a text head on the target's answers; an interrupted run goes on where it stopped."""
-    run_cli(
-        lambda: _head(pairs, destination, width, epochs, held_out, seed, limit),
-        debug,
-        "lower --width or --limit",
-    )
-
-
-def _head(
-    pairs: Path,
-    destination: Path,
-    width: int,
-    epochs: int,
-    held_out: float,
-    seed: int,
-    limit: int | None,
-) -> None:
     from ..adapters.text_head import save_text_head
     from ..adapters.training.head import HeadTraining, train_text_head
     from ..data.pairs import VOCAB_SIZE, read_pairs
@@ -55,18 +37,15 @@ def _head(
     state = destination.with_suffix(".state.pt")
     for path in (destination, state):
         check_output(path)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("text head")
-
-        def show(step: int, steps: int, loss: float) -> None:
-            progress.update(bar, completed=step, total=steps, description=f"loss {loss:.3f}")
-
-        trained, score = train_text_head(answers, VOCAB_SIZE, width, plan, state, show)
+    with progress_bar("text head") as show:
+        trained, score = train_text_head(
+            answers, VOCAB_SIZE, width, plan, state,
+            lambda step, steps, loss: show(step, steps, f"loss {loss:.3f}"),
+        )  # fmt: skip
     save_text_head(trained, destination)
     state.unlink(missing_ok=True)
     if score:
-        console.print(
+        Console(stderr=True).print(
             f"{score.tokens} tokens kept out: {score.nats:.3f} nats a token, "
             f"{score.calibrated_nats:.3f} at temperature {float(trained.temperature):.2f}, "
             f"{score.top_1:.1%} foreseen; {score.unseen} more that training never saw",

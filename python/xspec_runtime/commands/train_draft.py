@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from ..cli import Command, run_cli
+from ..cli import command, progress_bar
 from . import train_run as run_of
 from .train import train
 
@@ -46,7 +45,7 @@ HiddenShare = Annotated[float, typer.Option(help="Of answers whose events are hi
 LESS_MEMORY = "raise --gradient-accumulation, or take --dtype bfloat16"
 
 
-@train.command(cls=Command)
+@command(train, LESS_MEMORY)
 def lora(
     pairs: PairsFile,
     output_dir: run_of.OutputDir,
@@ -76,22 +75,19 @@ def lora(
     dtype: Dtype = "float32",
     seed: run_of.Seed = 0,
     threads: run_of.Threads = 1,
-    debug: run_of.Debug = False,
 ) -> None:
     """Tune a draft by low-rank changes of its attention (peft), merged into its weights in the end;
     an interrupted run goes on where it stopped.
     """
     values = locals()
+    from ..adapters.training.draft_folder import L6
+    from ..adapters.training.draft_tuning import Lora, import_peft
 
-    def work() -> None:
-        from ..adapters.training.draft_folder import L6
-        from ..adapters.training.draft_tuning import Lora, import_peft
-
-        import_peft()
-        modules = tuple(name.strip() for name in lora_modules.split(",") if name.strip())
-        _tune(L6, values, Lora(lora_rank, lora_alpha, lora_dropout, modules))
-
-    run_cli(work, debug, LESS_MEMORY)
+    import_peft()
+    modules = tuple(name.strip() for name in lora_modules.split(",") if name.strip())
+    with run_of.options_named():
+        lora = Lora(lora_rank, lora_alpha, lora_dropout, modules)
+    _tune(L6, values, lora)
 
 
 def _options_of(command: Callable[..., None], without: str) -> Callable[..., Any]:
@@ -109,19 +105,15 @@ def _options_of(command: Callable[..., None], without: str) -> Callable[..., Any
     return give
 
 
-@train.command(cls=Command)
+@command(train, LESS_MEMORY)
 @_options_of(lora, without="lora_")
 def lm_head(**values: Any) -> None:
     """Tune the language-model head of a draft, which gets one of its own where it shared its
     embeddings; an interrupted run goes on where it stopped.
     """
+    from ..adapters.training.draft_folder import L6_HEAD
 
-    def work() -> None:
-        from ..adapters.training.draft_folder import L6_HEAD
-
-        _tune(L6_HEAD, values, None)
-
-    run_cli(work, values["debug"], LESS_MEMORY)
+    _tune(L6_HEAD, values, None)
 
 
 def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
@@ -134,12 +126,13 @@ def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
     from ..e2e_options import DTYPES
     from ..inputs import check_device
 
-    plan = DraftTraining(
-        values["num_epochs"], values["batch_size"], values["learning_rate"],
-        values["early_stopping"], values["val_split"], values["hidden_share"],
-        values["position_decay"], values["seed"], values["gradient_accumulation"],
-        kl_weight=values["kl_weight"],
-    )  # fmt: skip
+    with run_of.options_named():
+        plan = DraftTraining(
+            values["num_epochs"], values["batch_size"], values["learning_rate"],
+            values["early_stopping"], values["val_split"], values["hidden_share"],
+            values["position_decay"], values["seed"], values["gradient_accumulation"],
+            kl_weight=values["kl_weight"],
+        )  # fmt: skip
     if values["dtype"] not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {values['dtype']!r}")
     check_device(values["device"])
@@ -170,13 +163,9 @@ def _tune(level: str, values: dict[str, Any], lora: Lora | None) -> None:
         return tuned, history
 
     run_of.run_training(
-        level,
-        output_dir,
-        plan,
-        work,
-        lambda: record,
+        level, output_dir, plan, work, record,
         lambda tuned, folder: save_draft(tuned, folder, draft),
-    )
+    )  # fmt: skip
 
 
 def _write_pairs(path: Path, model, values: dict[str, Any]) -> None:
@@ -191,20 +180,16 @@ def _write_pairs(path: Path, model, values: dict[str, Any]) -> None:
     if not missing and (path.exists() or not prompts):
         return
     run_of.alone("write the pairs of --scenes or --prompts")
-    console = Console(stderr=True)
     if scenes:
-        with console.status(f"answers to {scenes} scenes"):
+        with Console(stderr=True).status(f"answers to {scenes} scenes"):
             write_scene_pairs(path, scenes)
         return
     if not values["target"]:
         raise ValueError("--prompts needs --target, the folder of the model that answers them")
     lines = read_lines(prompts)
-    with Progress(console=console, transient=True) as shown:
-        bar = shown.add_task("answers", total=len(lines))
-        write_prompt_pairs(
-            path, Path(values["target"]), model, lines, values["max_new_tokens"],
-            lambda done, total: shown.update(bar, completed=done),
-        )  # fmt: skip
+    with progress_bar("answers") as show:
+        target = Path(values["target"])
+        write_prompt_pairs(path, target, model, lines, values["max_new_tokens"], show)
 
 
 def _teacher(values: dict[str, Any], path: Path):

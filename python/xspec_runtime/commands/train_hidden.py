@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
 from . import train_run as run_of
 from .train import train
 
@@ -20,10 +20,9 @@ Pairs = Annotated[
 ]
 Size = Annotated[int | None, typer.Option(help="As published where not given.")]
 Weight = Annotated[float | None, typer.Option(help="Of the loss; as published where not given.")]
-LESS_MEMORY = "lower --batch-size, or take fewer --scenes"
 
 
-@train.command(cls=Command)
+@command(train, "lower --batch-size, or take fewer --scenes")
 def hidden(
     states: Annotated[Path, typer.Option(help="Folder of states from `xspec extract --states`.")],
     output_dir: run_of.OutputDir,
@@ -54,44 +53,22 @@ def hidden(
     positions: Size = None,
     seed: run_of.Seed = 0,
     threads: run_of.Threads = 1,
-    debug: run_of.Debug = False,
 ) -> None:
     """Train an adapter of hidden states; an interrupted run goes on where it stopped."""
-    weights = {"mse": mse_weight, "cos": cos_weight, "kl": kl_weight, "ce": ce_weight}
-    sizes = {
-        "bottleneck": bottleneck_dim, "wide": wide_dim, "blocks": num_blocks, "heads": num_heads,
-        "layers": num_layers, "intermediate": ffn_dim, "width": hidden_dim, "positions": positions,
-    }  # fmt: skip
-    training = {
-        "epochs": num_epochs, "batch": batch_size, "rate": learning_rate, "seed": seed,
-        "patience": early_stopping, "held_out": val_split, "hidden_share": hidden_share,
-        "decay": position_decay, "weights": run_of.given(weights),
-    }  # fmt: skip
-    run_cli(
-        lambda: _hidden(
-            states, output_dir, level, pairs, target, scenes, training, run_of.given(sizes), threads
-        ),
-        debug,
-        LESS_MEMORY,
-    )
-
-
-def _hidden(
-    states: Path,
-    output_dir: Path,
-    level: str,
-    pairs: Path | None,
-    target: str,
-    scenes: int,
-    training: dict,
-    sizes: dict,
-    threads: int,
-) -> None:
     from ..adapters.mini.states import scenes_missing, write_scene_states
     from ..adapters.training.hidden import HiddenTraining, train_hidden
     from ..adapters.training.states import open_states, read_head
 
-    plan = HiddenTraining(**training)
+    weights = run_of.given(mse=mse_weight, cos=cos_weight, kl=kl_weight, ce=ce_weight)
+    sizes = run_of.given(
+        bottleneck=bottleneck_dim, wide=wide_dim, blocks=num_blocks, heads=num_heads,
+        layers=num_layers, intermediate=ffn_dim, width=hidden_dim, positions=positions,
+    )  # fmt: skip
+    with run_of.options_named():
+        plan = HiddenTraining(
+            num_epochs, batch_size, learning_rate, early_stopping, val_split, hidden_share,
+            position_decay, seed, weights=weights,
+        )  # fmt: skip
     terms = plan.terms(level)
     missing = scenes_missing(states / "index.json", scenes)
     run_of.prepare(output_dir, threads)
@@ -112,30 +89,21 @@ def _hidden(
         "terms": terms,
     }
     run_of.run_training(
-        level,
-        output_dir,
-        plan,
+        level, output_dir, plan,
         lambda state, show: train_hidden(level, material, head, plan, sizes, state, show),
-        lambda: record,
-    )
+        record,
+    )  # fmt: skip
 
 
-@app.command(cls=Command)
-def star(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-) -> None:
+@command(app)
+def star(run: Annotated[Path, typer.Argument(help="Folder of a training run.")]) -> None:
     """Mark a run as the one of its level that `starred` stands for."""
+    from ..adapters.training.runs import star as mark
 
-    def work() -> None:
-        from ..adapters.training.runs import star as mark
-
-        Console().print(f"{mark(run)}: {run}", markup=False, highlight=False)
-
-    run_cli(work, debug)
+    Console().print(f"{mark(run)}: {run}", markup=False, highlight=False)
 
 
-@app.command(cls=Command)
+@command(app)
 def score(
     states: Annotated[
         Path, typer.Argument(help="Kept for a test: states, or the pairs of an adapter of texts.")
@@ -149,22 +117,8 @@ def score(
         int, typer.Option(help="Write the states or pairs of so many other scenes there first.")
     ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Score an adapter on a test, with the draft shown and hidden."""
-    run_cli(lambda: _score(states, run, level, adapter, pairs, target, scenes, json_file), debug)
-
-
-def _score(
-    states: Path,
-    run: Path,
-    level: str,
-    adapter: str,
-    pairs: Path | None,
-    target: str,
-    scenes: int,
-    json_file: Path | None,
-) -> None:
     from ..adapters.checkpoint import load_adapter
     from ..adapters.mini.states import SCORE_SEED, scenes_missing, write_scene_states
     from ..adapters.mini.texts import write_scene_pairs

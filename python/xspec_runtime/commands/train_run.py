@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,10 +30,46 @@ Accumulation = Annotated[int, typer.Option(help="Parts of a batch, one after the
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of weights and batches.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
+
+# Fields of `Training` and of the networks' configurations, and the options that set them.
+_OPTIONS = {
+    "epochs": "--num-epochs",
+    "batch": "--batch-size",
+    "rate": "--learning-rate",
+    "patience": "--early-stopping",
+    "held_out": "--val-split",
+    "hidden_share": "--hidden-share",
+    "decay": "--position-decay",
+    "seed": "--seed",
+    "accumulation": "--gradient-accumulation",
+    "smoothing": "--label-smoothing",
+    "kl_weight": "--kl-weight",
+    "rank": "--lora-rank",
+    "bottleneck": "--bottleneck-dim",
+    "wide": "--wide-dim",
+    "blocks": "--num-blocks",
+    "layers": "--num-layers",
+    "encoder_layers": "--num-layers",
+    "heads": "--num-heads",
+    "intermediate": "--ffn-dim",
+    "width": "--hidden-dim",
+    "positions": "--positions",
+}
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Errors that begin with the name of a field begin with that of its option instead."""
+    try:
+        yield
+    except ValueError as error:
+        field, _, rest = str(error).partition(" ")
+        if field not in _OPTIONS:
+            raise
+        raise ValueError(f"{_OPTIONS[field]} {rest}") from error
+
+
+def given(**values: Any) -> dict[str, Any]:
     """Those that were given."""
     return {name: value for name, value in values.items() if value is not None}
 
@@ -64,7 +101,7 @@ def run_training(
     output_dir: Path,
     plan: Training,
     train: Callable[[Path, OnStep], tuple[Any, list[dict[str, Any]]]],
-    record: Callable[[], Mapping[str, Any]],
+    record: Mapping[str, Any],
     save: Callable[[Any, Path], object] | None = None,
 ) -> None:
     """Train, write the run's folder and say in a line what came out; under torchrun the first
@@ -73,7 +110,7 @@ def run_training(
     Args:
         train: given the file for an unfinished run and what to call after every step, returns what
             was trained and its history.
-        record: what describes the run, asked for when it is done.
+        record: what describes the run, read when it is done.
         save: see `write_run`.
     """
     from dataclasses import asdict
@@ -85,7 +122,10 @@ def run_training(
 
     console = Console(stderr=True)
     state = output_dir / "state.pt"
-    with processes() as rank, Progress(console=console, transient=True, disable=rank > 0) as shown:
+    with ExitStack() as stack:
+        rank = stack.enter_context(processes())
+        hidden = rank > 0 or not console.is_terminal
+        shown = stack.enter_context(Progress(console=console, transient=True, disable=hidden))
         bar = shown.add_task(level)
 
         def show(step: int, steps: int, loss: float) -> None:
@@ -97,7 +137,7 @@ def run_training(
     whole = {
         "command": shlex.join(["xspec", *sys.argv[1:]]),
         "level": level,
-        **record(),
+        **record,
         "training": asdict(plan),
         "environment": environment(),
         "finished": datetime.now().isoformat(timespec="microseconds"),

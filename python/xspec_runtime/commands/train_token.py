@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..cli import Command, run_cli
+from ..cli import command
 from . import train_run as run_of
 from .train import train
 
 Size = Annotated[int | None, typer.Option(help="As published where not given.")]
 
 
-@train.command(cls=Command)
+@command(train, "lower --batch-size, or raise --gradient-accumulation")
 def token(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
     output_dir: run_of.OutputDir,
@@ -52,51 +52,8 @@ def token(
     device: run_of.Device = "cpu",
     seed: run_of.Seed = 0,
     threads: run_of.Threads = 1,
-    debug: run_of.Debug = False,
 ) -> None:
     """Train a TokenAdapter or a prefix adapter; an interrupted run goes on where it stopped."""
-    layers = "encoder_layers" if network == "prefix" else "layers"
-    sizes = {
-        "width": hidden_dim, layers: num_layers, "heads": num_heads, "intermediate": ffn_dim,
-        "positions": positions, "dropout": dropout,
-    }  # fmt: skip
-    training = {
-        "epochs": num_epochs, "batch": batch_size, "rate": learning_rate, "seed": seed,
-        "patience": early_stopping, "held_out": val_split, "hidden_share": hidden_share,
-        "decay": position_decay, "smoothing": label_smoothing,
-        "accumulation": gradient_accumulation,
-    }  # fmt: skip
-    vocabulary = vocab_size if vocab_size is not None else target
-    run_cli(
-        lambda: _token(
-            pairs,
-            output_dir,
-            network,
-            vocabulary,
-            max_train_samples,
-            scenes,
-            training,
-            run_of.given(sizes),
-            device,
-            threads,
-        ),
-        debug,
-        "lower --batch-size, or raise --gradient-accumulation",
-    )
-
-
-def _token(
-    path: Path,
-    output_dir: Path,
-    network: str,
-    vocabulary: int | str,
-    limit: int | None,
-    scenes: int,
-    training: dict[str, Any],
-    sizes: dict[str, Any],
-    device: str,
-    threads: int,
-) -> None:
     from ..adapters.mini.states import scenes_missing
     from ..adapters.mini.texts import write_scene_pairs
     from ..adapters.training.loop import split_rows
@@ -110,23 +67,33 @@ def _token(
     )
     from ..inputs import check_device
 
-    plan = TextTraining(**training)
+    layers = "encoder_layers" if network == "prefix" else "layers"
+    sizes = run_of.given(
+        width=hidden_dim, heads=num_heads, intermediate=ffn_dim, positions=positions,
+        dropout=dropout, **{layers: num_layers},
+    )  # fmt: skip
+    with run_of.options_named():
+        plan = TextTraining(
+            num_epochs, batch_size, learning_rate, early_stopping, val_split, hidden_share,
+            position_decay, seed, gradient_accumulation, label_smoothing,
+        )  # fmt: skip
     check_device(device)
-    missing = scenes_missing(path, scenes)
+    missing = scenes_missing(pairs, scenes)
     run_of.prepare(output_dir, threads)
-    size = vocabulary if isinstance(vocabulary, int) else _vocab_size(vocabulary)
+    size = _vocab_size(target) if vocab_size is None else vocab_size
     if missing:
         run_of.alone("write the pairs of --scenes")
         with Console(stderr=True).status(f"answers to {scenes} scenes"):
-            write_scene_pairs(path, scenes)
-    material = open_text_pairs(path, size, limit)
+            write_scene_pairs(pairs, scenes)
+    material = open_text_pairs(pairs, size, max_train_samples)
     train_rows, held = split_rows(len(material), plan.held_out, material.folds)
-    build(network, material, sizes)
+    with run_of.options_named():
+        build(network, material, sizes)
     constant = constant_match(material.targets, train_rows, held)
     material = material.to(device)
     record = {
         "network": network,
-        "pairs": str(path),
+        "pairs": str(pairs),
         "digest": material.digest,
         "draft": material.draft_name,
         "train_answers": len(train_rows),
@@ -135,12 +102,10 @@ def _token(
         "constant_match": constant,
     }
     run_of.run_training(
-        NETWORKS[network],
-        output_dir,
-        plan,
+        NETWORKS[network], output_dir, plan,
         lambda state, show: train_text(network, material, plan, sizes, state, show),
-        lambda: record,
-    )
+        record,
+    )  # fmt: skip
 
 
 def _vocab_size(target: str) -> int:

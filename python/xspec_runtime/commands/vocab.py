@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..cli import Command, app, run_cli
+from ..cli import app, command
 
 
-@app.command(cls=Command)
+@command(app)
 def vocab(
     left: Annotated[str, typer.Argument(help="Folder of the draft's tokenizer, or mini.")],
     right: Annotated[str, typer.Argument(help="Folder of the target's tokenizer, or mini.")],
@@ -24,38 +24,29 @@ def vocab(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the comparison to this file.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Compare two vocabularies: shared tokens, ids that agree, what drafts lose in translation."""
-    run_cli(lambda: _vocab(left, right, texts, apply, json_file), debug)
-
-
-def _vocab(
-    left: str, right: str, texts: Path | None, recorded: Path | None, json_file: Path | None
-) -> None:
     from ..files import check_output, read_lines, write_json
     from ..text_acceptance import read_answers, translated_acceptance
     from ..vocab import compare, load_tokenizer, render, same_ids
 
     lines = read_lines(texts) if texts else []
-    answers = read_answers(recorded) if recorded else []
+    answers = read_answers(apply) if apply else []
     if json_file:
         check_output(json_file)
     tokenizers = load_tokenizer(left), load_tokenizer(right)
     found = compare(*tokenizers)
     record = {"left": left, "right": right, **found.as_dict()}
-    console = Console(soft_wrap=True)
-    console.print(render(found, (left, right)), markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console.print(render(found, (left, right)))
     if lines:
         record["same_ids_share"] = share = same_ids(*tokenizers, lines)
-        console.print(f"{len(lines)} texts with the same ids: {share:.1%}", highlight=False)
+        console.print(f"{len(lines)} texts with the same ids: {share:.1%}")
     if answers:
         record["applied"] = applied = translated_acceptance(answers, found)
         console.print(
-            f"{applied['answers']} answers of {recorded}: position match "
-            f"{applied['before']:.2%} before translation, {applied['after']:.2%} after",
-            markup=False,
-            highlight=False,
+            f"{applied['answers']} answers of {apply}: position match "
+            f"{applied['before']:.2%} before translation, {applied['after']:.2%} after"
         )
     if json_file:
         write_json(json_file, record)

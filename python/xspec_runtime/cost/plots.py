@@ -18,7 +18,7 @@ TITLES = {
 }
 
 
-def draw_cost(results: Mapping[str, Any], path: Path) -> None:
+def draw_cost(results: Mapping[str, Any], path: Path) -> bool:
     """Projected speedup by acceptance with the measured chains, a panel a chain length."""
     gammas = sorted({row["gamma"] for row in results["projected"]})
     figure, grid = new_figure(4.2 * len(gammas) + 0.6, 3.8, 1, len(gammas))
@@ -41,10 +41,10 @@ def draw_cost(results: Mapping[str, Any], path: Path) -> None:
     figure.supylabel("speedup (curves: projected, dots: measured)", fontsize=10)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=3, fontsize=8, frameon=False, loc="outside upper left")
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_modelled(results: Mapping[str, Any], path: Path) -> None:
+def draw_modelled(results: Mapping[str, Any], path: Path) -> bool:
     """v(M) over its floor by rows, a panel a card, with the range that launches leave open."""
     cards = list(results["cards"])
     figure, grid = new_figure(3.4 * len(cards) + 0.6, 3.6, 1, len(cards))
@@ -72,4 +72,4 @@ def draw_modelled(results: Mapping[str, Any], path: Path) -> None:
     figure.supylabel("modelled v(M) / modelled floor", fontsize=10)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=4, fontsize=8, frameon=False, loc="outside upper left")
-    save_figure(figure, path)
+    return save_figure(figure, path)

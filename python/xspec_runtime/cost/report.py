@@ -5,13 +5,14 @@ a column.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json, read_text, write_json, write_text
 from ..report import check_output_dir
+from ..tables import markdown, shown
 from ..targets.llama_weights import LlamaShape
 from .model import ACCEPTANCES, SCHEMA, Results, costs_of, points_of, project
 from .modelled import SCHEMA as MODELLED
@@ -54,21 +55,14 @@ def cost_results(
     }
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text, without a newline at its end."""
-    rule = ["---", *["---:"] * (len(titles) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, rule, *rows))
-
-
 def points_markdown(results: Results) -> str:
     """The measured arms beside the closed form of their own parts."""
     rows = []
     for p in results["points"]:
-        alpha = p["acceptance"]
         rows.append(
             [
                 p["arm"], str(p["rows"]), f"{p['tokens_per_verify']:.2f}",
-                "-" if alpha is None else f"{alpha:.0%}", f"{p['verify_ms']:.2f}",
+                shown("{:.0%}", p["acceptance"]), f"{p['verify_ms']:.2f}",
                 f"{p['drafting_ms']:.2f}", f"{p['begin_ms']:.1f}",
                 f"{p['measured_speedup']:.2f}x", f"{p['projected_speedup']:.2f}x",
             ]
@@ -82,7 +76,7 @@ def points_markdown(results: Results) -> str:
         f"{m['tokens']:.1f} tokens. The ceiling, decoding for nothing, is "
         f"{results['ceiling']:.2f}x."
     )
-    return f"{table(titles, rows)}\n\n{note}"
+    return f"{markdown(titles, rows)}\n\n{note}"
 
 
 def projected_markdown(results: Results) -> str:
@@ -96,7 +90,7 @@ def projected_markdown(results: Results) -> str:
             [f"{p['gamma']}", f"{p['acceptance']:.0%}", f"{p['tokens_per_verify']:.2f}",
              f"{p['verify_ms']:.2f}", f"{p['break_even_ms']:.2f}", *speedups]
         )  # fmt: skip
-    return table(
+    return markdown(
         ["gamma", "acceptance", "tokens/verify", "v ms", "break-even v ms", "drafts free",
          "draft model", "one verify", "one, in the prefill"], rows,
     )  # fmt: skip
@@ -118,7 +112,7 @@ def modelled_markdown(results: Results) -> str:
         "card, weights, prompt", "M", "counted GB", "modelled floor ms", "modelled v(M) ms",
         "modelled range ms", "modelled v(M)/v(1)", "modelled v(M)/floor", "bound by (modelled)",
     )  # fmt: skip
-    return table(titles, rows)
+    return markdown(titles, rows)
 
 
 def constants_markdown(results: Results) -> str:
@@ -140,7 +134,7 @@ def constants_markdown(results: Results) -> str:
         f"launch of a graph, {low:g} to {high:g} for the range."
     )
     titles = ["card", "memory GB/s", "matrix TFLOP/s", "multiprocessors", "clock GHz", "L2 GB/s"]
-    return f"{table(titles, cards)}\n\n{note}"
+    return f"{markdown(titles, cards)}\n\n{note}"
 
 
 def counts_markdown(results: Results, prompt: int = 2076, rows: int = 22) -> str:
@@ -159,14 +153,14 @@ def counts_markdown(results: Results, prompt: int = 2076, rows: int = 22) -> str
         f"tiles of sm_{card.capability}. Matrix operations are those of 64 rows, whatever the "
         "number of rows: the kernels have one tile height."
     )
-    return f"{table(titles, lines)}\n\n{note}"
+    return f"{markdown(titles, lines)}\n\n{note}"
 
 
 def cold_markdown(results: Results) -> str:
     """Seconds from the start of a process, by stage."""
     wall, cpu = results["seconds"]["wall"], results["seconds"]["cpu"]
     lines = [[stage, f"{wall[stage]:.2f}", f"{cpu[stage]:.2f}"] for stage in wall]
-    return table(["stage", "wall s", "CPU s"], lines)
+    return markdown(["stage", "wall s", "CPU s"], lines)
 
 
 def verify_markdown(results: Results) -> str:
@@ -184,7 +178,7 @@ def verify_markdown(results: Results) -> str:
         for (prompt, backend, mode), rows in found.items()
     ]  # fmt: skip
     titles = ["backend", "v(1) ms", "v(1)/floor", *(f"v({m})/v(1)" for m in counts)]
-    return table(titles, lines)
+    return markdown(titles, lines)
 
 
 def overlap_markdown(results: Results) -> str:
@@ -199,7 +193,7 @@ def overlap_markdown(results: Results) -> str:
              f"{arm['total_ms']:.1f}", f"{arm['speedup_total']:.2f}x",
              f"{arm['identical']}/{arm['samples']}"]
         )  # fmt: skip
-    return table(["arm", "prepare ms", "draft hidden ms", "tokens hidden", "TTFT ms", "total ms",
+    return markdown(["arm", "prepare ms", "draft hidden ms", "tokens hidden", "TTFT ms", "total ms",
                   "speedup", "identical"], lines)  # fmt: skip
 
 
@@ -210,21 +204,16 @@ def write_cost(results: Results, output_dir: Path, json_file: Path | None) -> li
         ValueError: a folder that cannot be written.
         OSError: a file cannot be written.
     """
+    from ..plots import draw_plots
+    from .plots import draw_cost, draw_modelled
+
     folder = check_output_dir(output_dir)
     modelled = results["schema"] == MODELLED
     written = [folder / "results.json", *([json_file] if json_file else [])]
     for file in written:
         write_json(file, results)
-    try:
-        from .plots import draw_cost, draw_modelled
-
-        plot = folder / ("modelled.png" if modelled else "cost.png")
-        (draw_modelled if modelled else draw_cost)(results, plot)
-        written.append(plot)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-    return written
+    plots = {"modelled": draw_modelled} if modelled else {"cost": draw_cost}
+    return written + draw_plots(results, folder, **plots)
 
 
 # Tables of a page, by the name between its markers: from which file they come, and what makes them.

@@ -101,7 +101,8 @@ def open_dataset(folder: Path, duration: str = "") -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no file of samples.
-        ValueError: `duration` is unknown, or the file of samples is damaged; names the sample.
+        ValueError: `duration` is unknown, or missing in a folder above several datasets, or the
+            file of samples is damaged; names the sample.
     """
     folder = dataset_folder(Path(folder), duration)
     values = read_json(folder / SAMPLES, "file of samples")
@@ -115,6 +116,8 @@ def dataset_folder(folder: Path, duration: str = "") -> Path:
     """`folder`, or the one in it that holds clips of `duration`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"dataset folder not found: {folder}")
+    if not duration and not (folder / SAMPLES).exists() and (found := present_durations(folder)):
+        raise ValueError(f"{folder} holds datasets of {', '.join(found)}: --duration names one")
     if not duration or _duration(folder) == duration:
         return folder
     if duration not in DURATIONS:

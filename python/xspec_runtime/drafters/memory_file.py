@@ -23,9 +23,10 @@ class MemorySettings:
     Attributes:
         order: longest context, in tokens.
         max_tokens: bound of the stored tokens; the oldest answers are forgotten whole.
-        recency: levels of extra weight of the newest answers. With r levels the 2 newest weigh
-            4**r, the 8 newest 4**(r-1), ... and all others 1; 0 weighs all alike. Suits streams,
-            where neighbors show the same scene; choose 0 for unrelated requests.
+        recency: levels of extra weight of the newest answers. With r levels the newest weighs
+            4**r, the 4 newest 4**(r-1), the 16 newest 4**(r-2), ... and all others 1; 0 weighs all
+            alike. Suits streams, where neighbors show the same scene; choose 0 for unrelated
+            requests, and where nothing is learned after the first answer.
         share: largest part of the remaining probability that one order from 3 up takes.
         low_share: the same for orders 0..2.
         discount: weight held back for each different continuation of a context.
@@ -33,7 +34,7 @@ class MemorySettings:
 
     order: int = 14
     max_tokens: int = 500_000
-    recency: int = 3
+    recency: int = 4
     share: float = 0.25
     low_share: float = 0.65
     discount: float = 1.0
@@ -49,13 +50,13 @@ class MemorySettings:
     def weight(self, age: int) -> int:
         """Weight of an answer that `age` newer ones follow."""
         for level in range(self.recency):
-            if age < 2 * 4**level:
+            if age < 4**level:
                 return 4 ** (self.recency - level)
         return 1
 
     def turning_ages(self) -> list[int]:
         """Ages at which the weight falls."""
-        return [2 * 4**level for level in range(self.recency)]
+        return [4**level for level in range(self.recency)]
 
 
 def _check_range(name: str, value: object, low: float, high: float, kind: type) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..tables import terminal_table
 from .arms import ARMS, LOOKUP, PLAIN
 
 if TYPE_CHECKING:
@@ -28,15 +29,7 @@ def drop_in_markdown(results: Mapping[str, Any]) -> str:
 
 def drop_in_table(results: Mapping[str, Any]) -> Table:
     """The table for a terminal (rich)."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for i, title in enumerate(TITLES):
-        table.add_column(title, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in _rows(results):
-        table.add_row(*row)
-    return table
+    return terminal_table(TITLES, _rows(results), range(2))
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -21,7 +21,7 @@ LOOKUPS = ((4, 2), (8, 2), (10, 2), (10, 3), (16, 2), (16, 3))
 GROUNDED = ("edit", "quote")  # groups whose answers repeat their prompts; also shown together
 TRIED = 2  # prompts of each group that they are tried on
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class DropInOptions:
 
 
 def run_drop_in(
-    options: DropInOptions, progress: Progress = lambda what, done, total: None
+    options: DropInOptions, progress: Progress = lambda done, total, what: None
 ) -> dict[str, object]:
     """Run everything; returns results of schema ``xspec.drop_in/1``. Ctrl-C ends it early:
     ``complete`` is then false.
@@ -146,7 +146,7 @@ def _tune(arms: Arms, prompts: Sequence[Prompt], progress: Progress) -> list[dic
         arms.lookup = {"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": ngram}
         total = sum(arms.run(LOOKUP, prompt).total_ms for prompt in chosen)
         tried.append({**arms.lookup, "total_ms": total})
-        progress("prompt lookup's settings", number + 1, len(LOOKUPS))
+        progress(number + 1, len(LOOKUPS), "prompt lookup's settings")
     best = min(tried, key=lambda one: one["total_ms"])
     arms.lookup = {key: value for key, value in best.items() if key != "total_ms"}
     return tried
@@ -180,4 +180,4 @@ def _measure(
                     }
                 )  # fmt: skip
             done = repeat * len(prompts) + number + 1
-            progress("prompts", done, repeats * len(prompts))
+            progress(done, repeats * len(prompts), "prompts")

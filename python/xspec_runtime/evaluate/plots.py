@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
+from ..plots import OTHERS, OURS, PLAIN, SPARE, draw_plots, new_figure, save_figure
 from ..replay.tally import mean_range
 from .report import lines_of
 
@@ -16,31 +17,26 @@ DEPTH_ROWS = 16
 
 
 def draw_evaluation(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot the results hold data for; returns the files."""
-    drawn = []
-    for part, name, label in (
-        ("verify", "rows.png", "rows of a verify"),
-        ("size", "training_size.png", "answers learned from"),
-    ):
-        lines = {
-            name: line
-            for name, line in lines_of(results, part).items()
-            if not next(iter(line.values()))[0]["left_out"]
-        }
-        if any(len(line) > 1 for line in lines.values()):
-            draw_lines(lines, label, part == "verify", folder / name)
-            drawn.append(folder / name)
-    if draw_depths(results, folder / "depths.png"):
-        drawn.append(folder / "depths.png")
-    return drawn
+    """Tokens per verify by rows and by training answers, acceptance by depth; see `draw_plots`."""
+    rows = partial(draw_lines, "verify", "rows of a verify")
+    sizes = partial(draw_lines, "size", "answers learned from")
+    return draw_plots(results, folder, rows=rows, training_size=sizes, depths=draw_depths)
 
 
-def draw_lines(
-    lines: Mapping[str, dict[int, list]], label: str, logarithmic: bool, path: Path
-) -> None:
+def draw_lines(part: str, label: str, results: Mapping[str, Any], path: Path) -> bool:
     """Tokens per verify, a color a drafter, a band from the least to the greatest fold; dotted
     where it does not learn, dashed where the draft is hidden.
+
+    Returns:
+        False, with nothing drawn, where no drafter was measured at two places.
     """
+    lines = {
+        name: line
+        for name, line in lines_of(results, part).items()
+        if not next(iter(line.values()))[0]["left_out"]
+    }
+    if all(len(line) < 2 for line in lines.values()):
+        return False
     figure, axes = new_figure(8.5, 4.6)
     for color, (name, line) in zip(_colors(lines), lines.items(), strict=True):
         columns = sorted(line)
@@ -49,7 +45,7 @@ def draw_lines(
         axes.plot(columns, means, _style(line), marker=".", color=color, label=name)
         low, high = ([f[end] for f in found] for end in ("min", "max"))
         axes.fill_between(columns, low, high, color=color, alpha=0.12, linewidth=0)
-    if logarithmic:
+    if part == "verify":
         axes.set_xscale("log", base=2)
         columns = sorted({column for line in lines.values() for column in line})
         axes.set_xticks(columns, [str(column) for column in columns])
@@ -58,7 +54,7 @@ def draw_lines(
     axes.set_xlabel(label)
     axes.set_ylabel("tokens per verify")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_depths(results: Mapping[str, Any], path: Path) -> bool:

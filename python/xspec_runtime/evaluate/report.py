@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from ..replay.tally import mean_range
+from ..tables import markdown, print_wide, shown, terminal_table
 from .plan import COMBINED
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table as RichTable
 
 Entries = Sequence[Mapping[str, Any]]
 DEPTHS = 8
@@ -104,54 +104,27 @@ def evaluate_markdown(results: Mapping[str, Any], plots: Sequence[Path] = ()) ->
     parts = ["# Drafters", *_setting(results)]
     parts += [f"![{plot.stem}]({plot.name})" for plot in plots]
     for table in tables(results):
-        rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.lines]
-        text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        parts += [f"## {table.title}", text, table.note]
+        parts += [f"## {table.title}", markdown(table.columns, table.lines), table.note]
     return "\n\n".join(parts) + "\n"
 
 
-def evaluate_tables(results: Mapping[str, Any]) -> list[RichTable | str]:
-    """The first tables for the terminal; RESULTS.md has them all."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as Rich
-
-    shown = []
-    for table in tables(results):
-        if table.title == "Acceptance by depth":
-            continue
-        rich = Rich(title=table.title, caption=table.note, title_justify="left",
-                    caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)  # fmt: skip
-        for i, name in enumerate(table.columns):
-            rich.add_column(name, justify="right" if i else "left")
-        for line in table.lines:
-            rich.add_row(*line)
-        shown.append(rich)
-    return [*shown, *_setting(results)]
-
-
 def print_evaluation(results: Mapping[str, Any], console: Console) -> None:
-    """Print the tables at their full width, also where output goes to a narrow log."""
-    from rich.measure import Measurement
-
-    unbounded = console.options.update(max_width=1000)
-    for item in evaluate_tables(results):
-        if not isinstance(item, str):
-            item.width = Measurement.get(console, unbounded, item).maximum
-        console.print(item, soft_wrap=True, markup=False, highlight=False)
+    """Print the first tables, see `print_wide`; RESULTS.md has them all."""
+    for each in tables(results):
+        if each.title != "Acceptance by depth":
+            table = terminal_table(each.columns, each.lines, title=each.title, caption=each.note)
+            print_wide(console, table, markup=False, highlight=False)
+    for line in _setting(results):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def write_evaluation(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write RESULTS.md and the plots the results allow, without matplotlib none; returns the files.
     ``results.json`` is there already.
     """
-    try:
-        from .plots import draw_evaluation
+    from .plots import draw_evaluation
 
-        plots = draw_evaluation(results, folder)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plots = []
+    plots = draw_evaluation(results, folder)
     text = folder / "RESULTS.md"
     write_text(text, evaluate_markdown(results, plots))
     return [text, *plots]
@@ -227,7 +200,7 @@ def _costs(lines: Mapping[str, dict[int, list]]) -> Table:
     for name, line in lines.items():
         for rows, entries in line.items():
             rate, time = (_mean(entries, key) for key in ("acceptance_rate", "propose_us"))
-            body.append([name, str(rows), spread(entries, "accepted_prefix"), _percent(rate),
+            body.append([name, str(rows), spread(entries, "accepted_prefix"), shown("{:.1%}", rate),
                          f"{time:,.0f}"])  # fmt: skip
     titles = ["drafter", "rows", "accepted prefix", "accepted", "us a proposal"]
     return Table("First verify and cost", COST, titles, body)
@@ -236,7 +209,7 @@ def _costs(lines: Mapping[str, dict[int, list]]) -> Table:
 def _next(lines: Mapping[str, dict[int, list]]) -> Table:
     keys = ("top_1", "top_5", "top_1_after_10", "first_token")
     body = [
-        [name, *(_percent(_mean(next(iter(line.values())), key)) for key in keys)]
+        [name, *(shown("{:.1%}", _mean(next(iter(line.values())), key)) for key in keys)]
         for name, line in lines.items()
     ]
     return Table("Next token", NEXT, ["drafter", "top 1", "top 5", "top 1 after 10", "first"], body)
@@ -245,10 +218,6 @@ def _next(lines: Mapping[str, dict[int, list]]) -> Table:
 def _mean(entries: Entries, key: str) -> float | None:
     found = mean_range(entry[key] for entry in entries)
     return found and found["mean"]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _spread(found: Mapping[str, float] | None, digits: int) -> str:

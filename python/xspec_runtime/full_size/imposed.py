@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import LogitsProcessorList
 
-from ..drafters.base import MAX_ROWS, Drafter, DraftTree, Request
+from ..drafters.base import MAX_ROWS, ON_DEVICE, Drafter, DraftTree, Request
 from ..kv_cache import KVCache
 from ..targets.greedy import Verdict
 from ..targets.llama import LlamaTarget
@@ -33,15 +33,22 @@ class ImposedTarget(LlamaTarget):
 
     Args:
         answer: of `script`.
+        chain: accepted lengths of chains that a `Follower` drafted on the device, one a round: its
+            drafts are computed and then replaced, too.
         options: of `LlamaTarget`.
     """
 
-    def __init__(self, weights: LlamaWeights, answer: Sequence[int], **options) -> None:
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        answer: Sequence[int],
+        chain: Oracle | None = None,
+        **options,
+    ) -> None:
         super().__init__(weights, **options)
         self.answer, self._known = list(answer), 0
-        pinned = self.device.type == "cuda"
-        said = torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=pinned)
-        here = said.to(self.device)
+        self._chain, self._chains = chain, 0
+        said, here = self._script_memory()
         self._said, compute = said.numpy(), self.decoder.score
 
         # No reference to this object: it owns the graphs that hold the function.
@@ -52,6 +59,16 @@ class ImposedTarget(LlamaTarget):
             return scored
 
         self.decoder.score = score
+        drafted, there = self._script_memory()
+        self._drafted, load = drafted.numpy(), self._rounds.load
+
+        def load_round(batch: int, rows: int, drafts: torch.Tensor | None = None) -> Round:
+            if drafts is not None:
+                there.copy_(drafted, non_blocking=True)
+                drafts = there[: len(drafts)]
+            return load(batch, rows, drafts)
+
+        self._rounds.load = load_round
 
     def prefill(
         self,
@@ -79,12 +96,29 @@ class ImposedTarget(LlamaTarget):
         for parent in tree.parent_idx:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         self._say(self._known, depths)
+        if tree.tokens[-1] <= ON_DEVICE:
+            self._draft(len(tree) - 1)
         return super().forward(tree, height)
 
     def commit(self, verdict: Verdict) -> None:
         """See `LlamaTarget.commit`."""
         super().commit(verdict)
         self._known += verdict.accepted + 1
+
+    def _script_memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens where the host writes them, and where the device reads them."""
+        pinned = self.device.type == "cuda"
+        said = torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=pinned)
+        return said, said.to(self.device)
+
+    def _draft(self, count: int) -> None:
+        """Say what stands in place of `count` drafts of the device."""
+        if self._chain is None:
+            raise ValueError("drafts on the device need accepted lengths of their chains")
+        answer = self.answer[self._known :]
+        accepted = self._chain[self._chains]
+        self._drafted[:count] = imposed_drafts(range(count), answer, self.vocab_size, accepted)
+        self._chains += 1
 
     def _say(self, known: int, depths: Sequence[int]) -> None:
         # Whatever was launched before has published its decision, so nothing reads this any more.

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 from ..data.pairs import read_pairs
@@ -14,6 +13,7 @@ from ..drafters.base import MAX_ROWS
 from ..drafters.memory import NgramMemory
 from ..drafters.ngram import NgramDrafter
 from ..files import read_text
+from ..metrics import consecutive_matches
 from ..replay.run import replay
 
 
@@ -92,8 +92,7 @@ def oracles_of_pairs(path: Path, rows: int, gamma: int) -> tuple[Oracle, Oracle]
     memory, trees, chains = NgramDrafter(NgramMemory(), online=True), [], []
     for pair in pairs:
         trees += [r.accepted for r in replay(memory, pair.target, rows)]
-        agreed = zip(pair.draft[:gamma], pair.target, strict=False)
-        chains.append(len(list(takewhile(lambda both: both[0] == both[1], agreed))))
+        chains.append(consecutive_matches(pair.draft[:gamma], pair.target))
     if not trees:
         raise ValueError(f"{path} holds no answer of two tokens or more")
     source = f"{path.name}, {len(pairs)} recorded answers"

@@ -193,6 +193,9 @@ def _task(shape: Shape, vocab: int, options: Options) -> Task:
 def _our_arms(
     options: Options, shape: Shape, oracle: Oracle, draft_oracle: Oracle
 ) -> tuple[dict[str, Run], dict[str, str]]:
+    """`l4_verify` is `separate_verify` with the pass of L4 over the draft's states; in
+    `adapter_tail` the TokenAdapter ends every verify, and every chain fares like a draft's first.
+    """
     config = find_config(shape.config)
     vocab, tokens = config.vocab_size, shape.max_new_tokens
     answer, task = script(vocab, tokens, options.seed), _task(shape, vocab, options)
@@ -339,6 +342,8 @@ def _figures(outcomes: list[Outcome], window_ms: float) -> dict:
     ours = (
         {
             "tokens_per_verify": sum(r.emitted for r in rounds) / len(rounds),
+            "propose_ms": median(r.propose_ms for r in rounds),
+            "round_ms": median(r.propose_ms + r.verify_ms for r in rounds),
             "verifies": sum(r.rows > 1 for r in rounds) / len(outcomes),
             "accepted": sum(r.accepted for r in rounds) / len(outcomes),
             "prefill_accepted": sum(out.prefill_accepted for out in outcomes) / len(outcomes),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median, quantiles
 from typing import NamedTuple, TypeVar
 
 import torch
+
+from ..graphs import no_collection
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -39,6 +42,11 @@ def once(work: Callable[[], object], device: str) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def current(device: str) -> AbstractContextManager[object]:
+    """While this lasts, events, streams and graphs are made on `device`, if that is a GPU."""
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
 
 def interleaved(
@@ -79,8 +87,8 @@ def summarize(samples: list[float]) -> Timing:
 def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
     """Replay of a CUDA graph of `work`, after eager runs that load every kernel; on a CPU, `work`.
 
-    The graph object stays alive with the returned function, and so do the results of `work`, which
-    each replay overwrites.
+    The graph object stays alive with the returned function, and so do `work`, and with it what it
+    reads, and the results of `work`, which each replay overwrites.
     """
     if device == "cpu":
         return work
@@ -91,11 +99,13 @@ def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with no_collection(), torch.cuda.graph(graph):
         result = work()
 
     def replay() -> object:
         graph.replay()
         return result
 
+    # The graph knows addresses alone.
+    replay.reads = work
     return replay

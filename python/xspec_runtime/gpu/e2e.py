@@ -10,9 +10,12 @@ import torch
 from .forward import exact_on_cpu, need_transformers
 from .parts import CheckFailed, Context, Options, Part
 
-ARMS = ("target", "hf_generate", "hf_assisted", "draft", "adapter", "ngram", "ngram_tree", "tree")
+ARMS = (
+    *("target", "hf_generate", "hf_assisted", "draft", "adapter", "adapter_tail"),
+    *("ngram", "ngram_tree", "tree"),
+)
 SAMPLES, TOKENS = 12, 128
-TINY_ARMS = ("target", "hf_generate", "ngram_tree")
+TINY_ARMS = ("target", "hf_generate", "adapter_tail", "ngram_tree")
 # Of the table of `bench/e2e.py`; the rest is for plots.
 LEFT_OUT = ("timeline", "by_accepted", "accept_histogram")
 

@@ -8,9 +8,11 @@ must have the bits that plain decoding gave it, op by op.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,8 @@ from .clock import captured
 # Of the round, not of a row.
 _OTHER_OPS = ("tree_mask", "verify_tail", "kv_commit", "verify_greedy")
 MAX_DEPTH = 32
+# Of one graph: a kernel that reads too early or writes too late does so now and then.
+_REPLAYS = 64
 
 
 class Trace(TorchDispatchMode):
@@ -128,7 +132,9 @@ class Law:
         return found
 
     def graph(self) -> str | None:
-        """The first row whose bits a CUDA graph changes, or None."""
+        """The first row to which any replay of a CUDA graph, whose kernels start early, gives other
+        bits than kernels that run one after another, or None.
+        """
         self._reset()
         tree, _ = self._tree(self.tokens[0], self.tokens[1:5])
 
@@ -136,11 +142,15 @@ class Law:
             at = self.rounds.place([tree], [self.prompt_tokens])
             return self.decoder.step(at, self._caches(1))
 
-        want = run().clone()
-        got = captured(run, want.device.type)()
-        rows = (row for row in range(len(tree)) if not same_bits(got[row], want[row]))
-        row = next(rows, None)
-        return None if row is None else f"row {row} of {len(tree)} in a CUDA graph"
+        with mock.patch.dict(os.environ, XSPEC_PDL="0"):
+            want = run().clone()
+        replay = captured(run, want.device.type)
+        for number in range(1 if want.device.type == "cpu" else _REPLAYS):
+            got = replay()
+            for row in range(len(tree)):
+                if not same_bits(got[row], want[row]):
+                    return f"row {row} of {len(tree)} in replay {number} of a CUDA graph"
+        return None
 
     def _reset(self) -> None:
         self.memory.fill_(torch.nan)

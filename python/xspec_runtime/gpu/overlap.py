@@ -57,7 +57,6 @@ def parts(options: Options) -> list[Part]:
 
 
 def _models(context: Context) -> tuple[Scale, LlamaTarget, LlamaTarget, Prompts]:
-    need_transformers()
     from ..targets.llama import LlamaTarget
 
     options = context.options
@@ -80,6 +79,7 @@ def prefills(context: Context) -> Iterator[dict]:
     Raises:
         CheckFailed: the first tokens depend on the company.
     """
+    need_transformers()
     from ..targets.llama_graphs import PrefillPair
 
     sizes, target, draft, (theirs, ours) = _models(context)
@@ -111,6 +111,7 @@ def prefills(context: Context) -> Iterator[dict]:
 @torch.inference_mode()
 def requests(context: Context) -> Iterator[dict]:
     """Every mode of `overlap.MODES`, and no draft before the target's first token."""
+    need_transformers()
     from ..config import SpecConfig
     from ..drafters.base import Request
     from ..drafters.graph_draft import GraphDrafter

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_text
 from . import PHASES
 from .parts import Context, Options, Part, budget_event, execute, merge, parts_of
 from .record import Record
+from .report import gpu_markdown
 from .worker import job, parse
 
 # Seconds past the budget that a part may still run before it is stopped.
@@ -29,7 +31,8 @@ PATIENCE = 3.0
 
 
 def run_suite(options: Options, command: str, echo: Callable[[str], None]) -> int:
-    """Run the phases; results.json and log.txt in `options.out` are rewritten as they go.
+    """Run the phases; results.json and log.txt in `options.out` are rewritten as they go, and
+    REPORT.md is their tables.
 
     Args:
         command: as the result file names it.
@@ -61,6 +64,7 @@ def run_suite(options: Options, command: str, echo: Callable[[str], None]) -> in
     for line in summary(record.results):
         record.log(line)
     record.close()
+    write_text(options.out / "REPORT.md", gpu_markdown(record.results) + "\n")
     return 1 if record.failed else 0
 
 

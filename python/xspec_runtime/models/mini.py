@@ -10,7 +10,6 @@ Llama for transformers' assisted generation, and the target's answers on trainin
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -160,12 +159,6 @@ def load_answers(directory: Path | None = None) -> list[list[int]]:
     path = _existing(Path(directory or CHECKPOINTS) / "answers.safetensors")
     data = load_file(path)
     return [a.tolist() for a in data["tokens"].long().split(data["lengths"].tolist())]
-
-
-def training_record(directory: Path | None = None) -> dict:
-    """What training measured: steps, CPU seconds, exact captions, environment."""
-    path = _existing(Path(directory or CHECKPOINTS) / "training.json")
-    return json.loads(path.read_text())
 
 
 def _existing(path: Path) -> Path:

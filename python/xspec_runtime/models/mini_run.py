@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from ..data import scenes as sc
 from ..data.captions import QUESTIONS
-from ..files import replace_file
+from ..files import read_saved, replace_file
 from . import mini
 
 LEARNING_RATE = 2e-3
@@ -131,7 +130,7 @@ class Run:
         stateful = [*optimizers, *schedules]
         start, spent = 0, 0.0
         if path.exists():
-            saved = load_stage(path)
+            saved = read_saved(path)
             modules.load_state_dict(saved["modules"])
             start, spent = saved["step"], saved["cpu_seconds"]
             if start < steps:
@@ -201,18 +200,6 @@ def _optimizers(modules: nn.ModuleDict, rates: dict[str, float]) -> list[torch.o
         return [adamw]
     muon = torch.optim.Muon(matrices, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
-
-
-def load_stage(path: Path) -> Any:
-    """What a stage saved.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it") from error
 
 
 def pad(rows: list[list[int]]) -> torch.Tensor:

@@ -11,9 +11,9 @@ from rich.progress import Progress
 from torch import nn
 
 from ..data.captions import QUESTIONS
-from ..files import replace_file
+from ..files import read_saved, replace_file
 from . import mini
-from .mini_run import LEARNING_RATE, Run, console, draw, load_stage, mixed_precision, pad, trim
+from .mini_run import LEARNING_RATE, Run, console, draw, mixed_precision, pad, trim
 from .mini_towers import tower_features
 
 
@@ -158,7 +158,7 @@ def target_answers(run: Run, model) -> torch.Tensor:
         seconds = time.process_time() - clock
         run.note("answers", scenes=len(rows), exact_captions=exact, cpu_seconds=seconds)
         replace_file(path, lambda p: torch.save(pad(rows), p))
-    return load_stage(path)
+    return read_saved(path)
 
 
 def train_assistant(run: Run, model, answers: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapters.mini.train import draft_texts, train_adapters
-from ..cli import Command, Group, run_cli
+from ..cli import Group, command
 from ..files import check_output, replace_file
 from . import mini
 from .mini_run import Plan, Run
@@ -74,7 +74,7 @@ def _group() -> None:
     """The embedded pair."""
 
 
-@app.command(cls=Command)
+@command(app, "training needs about 3 GB free")
 def train(
     out: Annotated[Path, typer.Option(help="Folder for intermediate results.")] = BUILD,
     to: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = mini.CHECKPOINTS,
@@ -84,14 +84,9 @@ def train(
     part: Annotated[
         str, typer.Option(help="all, target or draft: the two halves can run side by side.")
     ] = "all",
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Train the pair and write its checkpoints; an interrupted run goes on where it stopped."""
-    run_cli(
-        lambda: train_pair(out, to, smoke_steps, seed, threads, part),
-        debug,
-        "training needs about 3 GB free",
-    )
+    train_pair(out, to, smoke_steps, seed, threads, part)
 
 
 def train_pair(out: Path, to: Path, smoke_steps: int, seed: int, threads: int, part: str) -> None:

@@ -4,11 +4,11 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ..budget import worthwhile
+from ..calibration import Calibration
 from ..data.pairs import Pair, contiguous_folds
 from ..drafters.base import Drafter, DraftTree, Request
 from ..policy import PricedDrafter
@@ -18,20 +18,11 @@ from ..replay.run import ReplayRound, replay
 POLICIES = ("all rows", "claims", "priced")
 
 
-def table(points: Mapping[int, float]) -> list[float]:
-    """v(1), v(2), ... of the points by rows, linear between them; 1 among them."""
-    found = [points[1]]
-    for low, high in pairwise(sorted(points)):
-        slope = (points[high] - points[low]) / (high - low)
-        found += [points[low] + slope * step for step in range(1, high - low + 1)]
-    return found
-
-
 # v(M)/v(1) of three kinds of machine: what this project aims at on a GPU, SmolLM2 on two CPU cores
 # (bench/results/verify_smollm2_cpu.json), and 4-bit weights that only one row has a kernel for.
 TABLES = {
-    "flat": table({1: 1.0, 22: 1.05, 64: 1.2}),
-    "CPU": table({1: 1.0, 4: 1.47, 8: 1.72, 16: 2.26, 32: 3.3, 64: 5.85}),
+    "flat": Calibration({1: 1.0, 22: 1.05, 64: 1.2}).costs(),
+    "CPU": Calibration({1: 1.0, 4: 1.47, 8: 1.72, 16: 2.26, 32: 3.3, 64: 5.85}).costs(),
     "step": [1.0, *[4.3] * 63],
 }
 

@@ -28,7 +28,7 @@ PRICED = " priced"
 ARMS = "draft,adapter,adapter_prefix,ngram_cold,ngram_tree,tree"
 INTERVAL = 0.95  # of the ratios of plain decoding to itself
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def compare(times: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[dict, l
 
 
 def run_regret(
-    options: RegretOptions, progress: Progress = lambda what, done, total: None
+    options: RegretOptions, progress: Progress = lambda done, total, what: None
 ) -> dict[str, object]:
     """Run everything on the embedded pair; returns results of schema ``xspec.regret/1``.
 
@@ -149,7 +149,7 @@ def run_regret(
     counted = []
     for entry in count_costs(recorded, gamma=options.gamma, rows=options.rows) if recorded else ():
         counted.append(asdict(entry))
-        progress(f"counted: {entry.drafter}", 0, 1)
+        progress(0, 1, f"counted: {entry.drafter}")
     return {
         "schema": SCHEMA, "environment": environment(), "command": command, "config": config,
         **facts, "plain_ratio": within, "arms": arms, "counted": counted, "times_ms": times,
@@ -203,7 +203,8 @@ def _times(
             for name, tokens in answers.items():
                 if tokens != answers[PLAIN] and pair.settings.prefill_fused != "fast":
                     raise RuntimeError(f"{task.name}: the answer of {name} is not {PLAIN}'s")
-            progress(f"repeat {repeat}", repeat * len(tasks) + number + 1, 0)
+            done, total = repeat * len(tasks) + number + 1, (repeats + 1) * len(tasks)
+            progress(done, total, f"repeat {repeat}")
     return times
 
 

@@ -132,8 +132,10 @@ def _memory(chain: bool) -> Callable[[Training, Variant], Drafter]:
         wide = variant.rows > MAX_ROWS
 
         def filled() -> NgramMemory:
-            # Neighboring clips are alike, scenes are not: only there is the latest worth more.
-            recency = MemorySettings.recency if training.models is None else 0
+            # Neighboring clips are alike, scenes are not; and a memory that does not learn knows no
+            # neighbors: elsewhere the latest is worth no more.
+            streams = variant.online and training.models is None
+            recency = MemorySettings.recency if streams else 0
             memory = NgramMemory(recency=recency, backend="python" if wide else "auto")
             memory.extend(pair.target for pair in training.pairs)
             return memory

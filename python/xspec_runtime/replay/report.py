@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..tables import shown, terminal_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -18,25 +20,9 @@ LEGEND = (
 
 def replay_table(results: Mapping[str, Any]) -> Table:
     """Results of schema ``xspec.replay/1`` for the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     caption = LEGEND if results["complete"] else f"Interrupted. {LEGEND}"
-    table = Table(
-        title=_title(results),
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in COLUMNS:
-        table.add_column(
-            name, justify="left" if name in ("drafter", "memory") else "right", no_wrap=True
-        )
-    for cells in map(_cells, results["replay"]):
-        table.add_row(*cells)
-    return table
+    rows = map(_cells, results["replay"])
+    return terminal_table(COLUMNS, rows, (0, 2), title=_title(results), caption=caption)
 
 
 def replay_markdown(results: Mapping[str, Any]) -> str:
@@ -63,7 +49,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         str(entry["rows"]),
         learns if entry["drafter"].startswith("memory") else "-",
         f"{entry['tokens_per_verify']:.2f}",
-        "-" if entry["after_10"] is None else f"{entry['after_10']:.2f}",
-        "-" if entry["acceptance_rate"] is None else f"{entry['acceptance_rate']:.1%}",
+        shown("{:.2f}", entry["after_10"]),
+        shown("{:.1%}", entry["acceptance_rate"]),
         f"{min(spread):.2f}-{max(spread):.2f}" if len(spread) > 1 else "-",
     ]

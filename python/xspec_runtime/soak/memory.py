@@ -18,7 +18,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,10 +38,6 @@ class MemorySample:
     heap: int
     blocks: int
     tensors: int
-
-    def as_dict(self) -> dict[str, int]:
-        """For a result file."""
-        return asdict(self)
 
 
 class MemoryWatch:

@@ -55,6 +55,6 @@ def report(
         "memory": {
             "growth": found,
             "flat": flat,
-            "samples": [sample.as_dict() for sample in watch.samples],
+            "samples": [asdict(sample) for sample in watch.samples],
         },
     }

@@ -15,7 +15,6 @@ from pathlib import Path
 from random import Random
 from time import perf_counter
 
-import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -259,8 +258,3 @@ def _patience(times: int) -> Callable[[], bool]:
         return left < 0
 
     return stop
-
-
-def one_thread() -> None:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    torch.set_num_threads(1)

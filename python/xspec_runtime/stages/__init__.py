@@ -3,7 +3,3 @@
 `clock` times one model on one clip, `run` walks a dataset, `record` is the published schema with
 what it lacked, `report` draws it.
 """
-
-from .run import StageOptions, run_stages
-
-__all__ = ["StageOptions", "run_stages"]

@@ -8,11 +8,10 @@ loses against the target alone is ``speedup_against_target_alone``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from statistics import mean, pstdev
 
 from ..data.dsec import Clip
-from ..metrics import published_acceptance
+from ..metrics import consecutive_matches, published_acceptance
 from .clock import STAGES, Timed
 
 SCHEMA = "xspec.stages/1"
@@ -28,7 +27,6 @@ def sample_record(
         texts: of the draft's and of the target's answer.
     """
     match = published_acceptance(draft.tokens, target.tokens, bos=None)
-    same = (a == b for a, b in zip(draft.tokens, target.tokens, strict=False))
     return {
         "sample_idx": clip.index,
         "sample_id": clip.id,
@@ -36,10 +34,7 @@ def sample_record(
         "query": question,
         "eventgpt": _model_record("EventGPT", draft, texts[0]),
         "videollava": _model_record("Video-LLaVA", target, texts[1]),
-        "acceptance": {
-            **match,
-            "accepted_prefix": sum(1 for _ in takewhile(bool, same)),
-        },
+        "acceptance": match | {"accepted_prefix": consecutive_matches(draft.tokens, target.tokens)},
         "parallel": parallel_record(draft, target, wall),
     }
 

@@ -59,12 +59,14 @@ class StageOptions:
         """Numbers in `max_new_tokens`.
 
         Raises:
-            ValueError: one is no number in 2..512.
+            ValueError: one is no number in 2..512, or there twice.
         """
         names = [name.strip() for name in self.max_new_tokens.split(",")]
         for name in names:
-            if not name.isdigit() or not 2 <= int(name) <= 512:
+            if not name.isdecimal() or not 2 <= int(name) <= 512:
                 raise ValueError(f"--max-new-tokens must be numbers in 2..512, got {name!r}")
+            if names.count(name) > 1:
+                raise ValueError(f"--max-new-tokens names {name} more than once")
         return [int(name) for name in names]
 
     def check(self) -> None:
@@ -81,6 +83,9 @@ class StageOptions:
             raise ValueError(
                 f"--max-samples must be -1 (all) or at least 1, got {self.max_samples}"
             )
+        for name, value in (("--warmup", self.warmup), ("--threads", self.threads)):
+            if not 0 <= value <= 1024:
+                raise ValueError(f"{name} must be in 0..1024, got {value}")
         if (self.target == "mini") != (self.draft == "mini"):
             raise ValueError("--target and --draft must both be mini, or both be folders")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,8 +23,10 @@ from ..drafters.base import MAX_ROWS, ON_DEVICE, DraftTree
 from .greedy import Verdict
 
 T = TypeVar("T")
-# Looks at the record between two looks at the stream.
+# Looks at the record between two looks at the stream and at the clock.
 _POLLS = 1 << 14
+# Seconds that a launch may take before it counts as one that never ends.
+_LIMIT = 300.0
 
 
 class Round(NamedTuple):
@@ -228,14 +231,18 @@ class RoundBuffers:
     def _settle(self) -> None:
         """Until every request of the last launch has its record; no CUDA call waits."""
         before, self._unread = self._unread or (), None
+        deadline = perf_counter() + _LIMIT
         numbers = self._record.numpy()[:, SEQUENCE]
         for request, number in enumerate(before):
             polls = 0
             while numbers[request] == number:
                 polls += 1
-                idle = polls % _POLLS == 0 and self._idle()
-                if idle and numbers[request] == number:
+                if polls % _POLLS:
+                    continue
+                if self._idle() and numbers[request] == number:
                     raise RuntimeError("the device is idle and has published no decision")
+                if perf_counter() > deadline:
+                    raise RuntimeError(f"no decision after {_LIMIT:.0f} s: a kernel hangs")
 
     def _idle(self) -> bool:
         """Whether there is nothing left to publish. Raises where a kernel failed."""

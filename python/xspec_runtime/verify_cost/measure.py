@@ -17,7 +17,7 @@ from ..drafters.base import DraftTree
 from ..environment import environment
 from ..gpu.baseline import copy_timing
 from ..gpu.cases import relative_error
-from ..gpu.clock import captured, rotated, summarize, visit
+from ..gpu.clock import captured, current, rotated, summarize, visit
 from .engines import Engine, build_engines
 from .options import Plan, VerifyOptions
 from .report import SCHEMA
@@ -31,18 +31,18 @@ COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 Key = tuple[str, str, int]
 """Engine, shape, rows."""
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 def run_verify(
-    options: VerifyOptions, progress: Progress = lambda what, done, total: None
+    options: VerifyOptions, progress: Progress = lambda done, total, what: None
 ) -> dict[str, object]:
     """Measure; returns the results dictionary of schema ``xspec.verify/1``.
 
     Ctrl-C ends the run; rows that were measured are kept, and `complete` is false then.
 
     Args:
-        progress: told what is being done, and how much of it.
+        progress: told how much is done, of how much, and what.
 
     Raises:
         ValueError, RuntimeError, OSError: see `VerifyOptions.plan`, `find_config`, `random_model`
@@ -51,13 +51,13 @@ def run_verify(
     plan, config = options.plan(), find_config(options.config)
     if options.threads or options.config == "mini":
         torch.set_num_threads(options.threads or 1)
-    progress("weights", 0, 1)
-    with torch.inference_mode():
+    progress(0, 1, "weights")
+    with torch.inference_mode(), current(plan.device):
         model = random_model(config, plan.device, plan.dtype, plan.seed)
         keep = bool({"transformers", "packed"} & set(plan.backends))
         subject = Subject.of(model, plan.seed, keep)
         del model
-        progress("bandwidth", 0, 1)
+        progress(0, 1, "bandwidth")
         size = COPY_BYTES[torch.device(plan.device).type]
         copy = copy_timing(size, plan.device)
         gbps = 2 * size / copy.ms / 1e6
@@ -97,7 +97,7 @@ def measure(
     plan: Plan,
     subject: Subject,
     gbps: float | None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Measured:
     """Everything that `plan` names.
 
@@ -114,7 +114,7 @@ def measure(
     stopped = False
     try:
         for prompt in plan.prompt_tokens:
-            progress(f"{prompt} tokens: agreement", 0, 1)
+            progress(0, 1, f"{prompt} tokens: agreement")
             stage = subject.stage(prompt)
             engines = build_engines(stage, plan.backends)
             trees = plan.trees(stage)
@@ -128,10 +128,12 @@ def measure(
                     }
                 if not able:
                     continue
-                progress(f"{prompt} tokens, {mode}", 0, 1)
+                progress(0, 1, f"{prompt} tokens, {mode}")
                 work = _passes(able, trees, mode, plan)
                 samples, stopped = _sample(work, plan, f"{prompt} tokens, {mode}", progress)
                 rows += _rows(samples, stage, mode, plan, gbps)
+                # Graphs must not be dropped once others were captured on their stream.
+                work.clear()
                 if stopped:
                     break
             if stopped:
@@ -184,7 +186,7 @@ def _sample(
     kind, total = torch.device(plan.device).type, len(work) * plan.repeats
     try:
         for done, key in enumerate(rotated(list(work), plan.repeats)):
-            progress(what, done, total)
+            progress(done, total, what)
             samples[key] += visit(work[key], kind)
     except KeyboardInterrupt:
         return samples, True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
 from ..report import check_output_dir
+from ..tables import terminal_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,28 +78,20 @@ def verify_table(results: Results) -> Table:
     Raises:
         ValueError: see `validate_verify`.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     validate_verify(results)
     counts = sorted({row["rows"] for row in results["verify"]} - {1})
     caption = CAPTION if results["complete"] else f"Interrupted. {CAPTION}"
-    table = Table(
-        title=f"v(M), {results['config']['config']} {results['config']['dtype']}",
-        caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD,
-        pad_edge=False,
-    )  # fmt: skip
-    for name in ("prompt", "backend", "mode", "shape", "v(1) ms", "/ floor", *map(str, counts)):
-        left = name in ("backend", "mode", "shape")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    lines = []
     for (prompt, backend, mode, shape), rows in groups(results).items():
         if shape == "chain" and set(rows) == {1} and len(counts):
             continue
         one = rows.get(1)
         first = [f"{one['ms']:.3f}", f"{one['floor_ratio']:.2f}"] if one else ["-", "-"]
         cells = [f"{rows[m]['ratio']:.2f}" if m in rows else "-" for m in counts]
-        table.add_row(str(prompt), backend, mode, shape, *first, *cells)
-    return table
+        lines.append([str(prompt), backend, mode, shape, *first, *cells])
+    titles = ["prompt", "backend", "mode", "shape", "v(1) ms", "/ floor", *map(str, counts)]
+    title = f"v(M), {results['config']['config']} {results['config']['dtype']}"
+    return terminal_table(titles, lines, range(1, 4), title=title, caption=caption)
 
 
 def write_verify(results: Results, output_dir: Path, json_file: Path | None) -> list[Path]:
@@ -111,17 +104,11 @@ def write_verify(results: Results, output_dir: Path, json_file: Path | None) -> 
         ValueError: wrong results or a folder that cannot be written.
         OSError: a file cannot be written.
     """
+    from ..plots import draw_plots, draw_verify
+
     validate_verify(results)
     folder = check_output_dir(output_dir)
     written = [folder / "results.json", *([json_file] if json_file else [])]
     for file in written:
         write_json(file, results)
-    try:
-        from ..plots import draw_verify
-
-        if draw_verify(results, folder / PLOT):
-            written.append(folder / PLOT)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-    return written
+    return written + draw_plots(results, folder, verify=draw_verify)

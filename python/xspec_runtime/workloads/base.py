@@ -88,11 +88,16 @@ class Workload:
     notes: list[str] = field(default_factory=list)
 
 
-def build_target(model: PreTrainedModel, settings: Settings, capacity: int = 1024) -> Target:
-    """The target on its own kernels, or on ours."""
+def build_target(
+    model: PreTrainedModel,
+    settings: Settings,
+    capacity: int = 1024,
+    graphs: bool | str = "auto",
+) -> Target:
+    """The target on its own kernels, or on ours, with `graphs` as `LlamaTarget` takes them."""
     if settings.engine == "llama":
         max_depth = 32 if settings.rows <= 32 and settings.gamma < 32 else 64
-        return LlamaTarget(model, capacity, settings.backend, max_depth=max_depth)
+        return LlamaTarget(model, capacity, settings.backend, max_depth=max_depth, graphs=graphs)
     return TransformersTarget(model, capacity, settings.backend)
 
 

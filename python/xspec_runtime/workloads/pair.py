@@ -25,6 +25,7 @@ from ..drafters.merge import MergedDrafter
 from ..drafters.ngram import NgramDrafter, NgramMemory
 from ..engine import SpeculativeDecoder
 from ..models import mini
+from ..targets.base import Target
 from ..targets.llama import LlamaTarget
 from ..targets.tapped import TappedTarget
 from .base import (
@@ -59,16 +60,31 @@ class MiniPair:
         self.target_model = self._load("target")
         self.target = build_target(self.target_model, settings)
         self.draft_model = self._load(draft)
-        self.state_arms, self.text_arms = mini_text.trained_arms(
-            settings.adapters, settings.adapter_levels
+        tails = isinstance(self.target, LlamaTarget) and (
+            self.target.graphs is not None or self.target.device.type == "cpu"
         )
+        self.tail_arms = list(mini_pair.TAIL_ARMS) if tails else []
+        self._tails: dict[str, Drafter] = {}
+        self.state_arms, self.text_arms = mini_text.trained_arms(
+            settings.adapters, settings.adapter_levels, settings.adapter,
+            settings.engine == "transformers", tails,
+        )  # fmt: skip
 
     @cached_property
     def _tapped(self) -> TappedTarget:
         """The target's model in a target that keeps its states."""
         if self.settings.engine != "transformers":
-            raise ValueError("adapters of states need --engine transformers")
+            raise ValueError("adapters of the target's states need --engine transformers")
         return TappedTarget(self.target_model, 1024, self.settings.backend)
+
+    @cached_property
+    def _tail_target(self) -> LlamaTarget:
+        """The target whose verifies a drafter can end; on a CPU, one with the same launches as
+        plain calls.
+        """
+        if not isinstance(self.target, LlamaTarget) or self.target.graphs:
+            return self.target
+        return build_target(self.target_model, self.settings, graphs=True)
 
     @cached_property
     def _raw_draft(self):
@@ -124,7 +140,17 @@ class MiniPair:
         return memory
 
     def drafter(self, name: str) -> Drafter | None:
-        """A fresh drafter of one of `OURS`, `state_arms` or `text_arms`; None: plain decoding."""
+        """A fresh drafter of one of `OURS`, `tail_arms`, `state_arms` or `text_arms`; None: plain
+        decoding. Where graphs are captured for a drafter, which learns nothing, it is the same one
+        again.
+        """
+        if mini_pair.TAIL not in name:
+            return self._drafter(name)
+        if name not in self._tails:
+            self._tails[name] = self._drafter(name)
+        return self._tails[name]
+
+    def _drafter(self, name: str) -> Drafter | None:
         gamma = self.settings.gamma
         if name == PLAIN:
             return None
@@ -132,9 +158,10 @@ class MiniPair:
             return self._trained_drafter(name)
         if name == "draft":
             return ModelDrafter(self.draft_model, gamma)
-        if name in mini_pair.ARMS:
-            hidden = name.endswith(mini_pair.HIDDEN)
-            return mini_pair.adapter_drafter(name, gamma, None if hidden else self._raw_draft)
+        if name in (*mini_pair.ARMS, *self.tail_arms):
+            raw = None if name.endswith(mini_pair.HIDDEN) else self._raw_draft
+            target = self._target_of(name) if name in self.tail_arms else None
+            return mini_pair.adapter_drafter(name, gamma, raw, target=target)
         if name == "ngram_cold":
             return NgramDrafter(unrelated_memory(), online=True, name=name)
         if name in ("ngram", "ngram_tree"):
@@ -151,9 +178,10 @@ class MiniPair:
         def draft(model: str):
             return self._raw_draft if model == mini_hidden.DRAFT else self.draft_model
 
+        given, target = (name, s.gamma, s.adapters, s.adapter, draft), self._target_of(name)
         if name in self.text_arms:
-            return mini_text.text_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._load)
-        head = mini_hidden.state_drafter(name, s.gamma, s.adapters, s.adapter, draft, self._tapped)
+            return mini_text.text_drafter(*given, self._load, target)
+        head = mini_hidden.state_drafter(*given, target)
         if not name.startswith(mini_hidden.TREE):
             return head
         return MergedDrafter([NgramDrafter(self.memory(), online=True), head], name, HEAD_ENOUGH)
@@ -165,8 +193,12 @@ class MiniPair:
         if name.startswith(mini_hidden.TREE):
             rows = s.rows
         config = SpecConfig(rows, s.max_new_tokens, (mini.EOS,), s.prefill_fused)
-        target = self._tapped if name in self.state_arms else self.target
-        return SpeculativeDecoder(target, self.drafter(name), config)
+        return SpeculativeDecoder(self._target_of(name), self.drafter(name), config)
+
+    def _target_of(self, name: str) -> Target:
+        if mini_hidden.reads_target(name):
+            return self._tapped
+        return self._tail_target if mini_pair.TAIL in name else self.target
 
     def overlap_decoder(self, name: str, mode: str) -> SpeculativeDecoder:
         """`decoder`, for `Overlap` in that mode: where the target runs in graphs, a draft that is
@@ -224,14 +256,17 @@ class MiniPair:
                 **spoken,
             ),
             "hf_assisted": assisted,
-            **{name: ours(name) for name in (*OURS, *self.state_arms, *self.text_arms)},
+            **{name: ours(name) for name in (*OURS, *self.tail_arms)},
+            **{name: ours(name) for name in (*self.state_arms, *self.text_arms)},
             **mode_arms(self._parts()),
         }
         seen = {tuple(a) for a in self.answers}
         record = {"pair": "embedded", "training_scenes_in_memory": len(self.answers)}
+        left_out = s.engine == "llama" and mini_hidden.left_out(s.adapters, s.adapter_levels)
         return Workload(
-            tasks, arms, lambda ids: mini.decode_answer(list(ids), self.tokenizer), seen, record
-        )
+            tasks, arms, lambda ids: mini.decode_answer(list(ids), self.tokenizer), seen, record,
+            notes=[left_out] if left_out else [],
+        )  # fmt: skip
 
     def _parts(self) -> Parts:
         s = self.settings

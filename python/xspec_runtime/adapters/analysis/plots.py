@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...plots import OTHERS, OURS, PLAIN, SPARE, new_figure, save_figure
+from ...plots import OTHERS, OURS, PLAIN, SPARE, draw_plots, new_figure, save_figure
 from .report import PARTS
 
 COLORS = (OURS, "#D55E00", "#009E73", "#CC79A7", "#E69F00", *SPARE)
@@ -14,16 +14,9 @@ PART_COLORS = dict(zip(PARTS, (OTHERS, "#56B4E9", OURS, "#E69F00", "#E5E5E5"), s
 
 
 def draw_analysis(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw all three; returns the files."""
-    drawn = []
-    for draw, name in (
-        (draw_cosines, "cosine_match.png"),
-        (draw_alphas, "predicted_features.png"),
-        (draw_gap, "gap.png"),
-    ):
-        if draw(results, folder / name):
-            drawn.append(folder / name)
-    return drawn
+    """All three, see `draw_plots`."""
+    return draw_plots(results, folder, cosine_match=draw_cosines, predicted_features=draw_alphas,
+                      gap=draw_gap)  # fmt: skip
 
 
 def draw_cosines(results: Mapping[str, Any], path: Path) -> bool:

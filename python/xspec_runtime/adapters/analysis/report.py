@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...evaluate.report import Table
+from ...tables import markdown, print_wide, shown, terminal_table
 from ..mini.pair import HIDDEN
 
 if TYPE_CHECKING:
@@ -70,26 +71,16 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 def analysis_markdown(results: Mapping[str, Any]) -> str:
     """The tables in Markdown, without headings."""
     return "\n\n".join(
-        f"**{table.title}.** {table.note}\n\n{_markdown(table.columns, table.lines)}"
+        f"**{table.title}.** {table.note}\n\n{markdown(table.columns, table.lines)}"
         for table in tables(results)
     )
 
 
 def print_analysis(results: Mapping[str, Any], console: Console) -> None:
     """Print the tables at their full width, also where output goes to a narrow log."""
-    from rich.box import SIMPLE_HEAD
-    from rich.measure import Measurement
-    from rich.table import Table as Rich
-
-    unbounded = console.options.update(max_width=1000)
     for table in tables(results):
-        rich = Rich(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for i, name in enumerate(table.columns):
-            rich.add_column(name, justify="right" if i else "left")
-        for line in table.lines:
-            rich.add_row(*line)
-        rich.width = Measurement.get(console, unbounded, rich).maximum
-        console.print(rich, soft_wrap=True, markup=False, highlight=False)
+        shown = terminal_table(table.columns, table.lines, title=table.title)
+        print_wide(console, shown, markup=False, highlight=False)
         console.print(table.note.replace("*", ""), markup=False, highlight=False)
 
 
@@ -121,16 +112,16 @@ def hidden_markdown(e2e: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
         twin = arms.get(name + HIDDEN, {})
         body.append([
             f"`{name}`",
-            _form("{:,}", _parameters(arm, analysis["levels"])),
-            _form("{:.1%}", arm["acceptance_rate"]),
-            _form("{:.2f}", arm["tokens_per_verify"]),
-            _form("{:.2f}", twin.get("tokens_per_verify")),
-            _form("{:.2f}x", arm["speedup_total"]),
-            _form("{}", arm["identical"]) + f"/{arm['samples']}",
+            shown("{:,}", _parameters(arm, analysis["levels"])),
+            shown("{:.1%}", arm["acceptance_rate"]),
+            shown("{:.2f}", arm["tokens_per_verify"]),
+            shown("{:.2f}", twin.get("tokens_per_verify")),
+            shown("{:.2f}x", arm["speedup_total"]),
+            shown("{}", arm["identical"]) + f"/{arm['samples']}",
         ])  # fmt: skip
     titles = ["arm", "parameters", "acceptance", "tokens per verify", "draft hidden", "speedup",
               "identical"]  # fmt: skip
-    return _markdown(titles, body)
+    return markdown(titles, body)
 
 
 def _parameters(arm: Mapping[str, Any], levels: Mapping[str, Any]) -> int | None:
@@ -157,14 +148,14 @@ def _cosines(results: Mapping[str, Any]) -> Lines:
     for name, side in _sides(results):
         points = {point["tau"]: point for point in side["curve"]}
         cells = [
-            ", ".join((_form("{:.1%}", points[tau]["share"]),
-                       _form("{:.1%}", points[tau]["token_match"]),
-                       _form("{:.1f}", points[tau]["run"])))
+            ", ".join((shown("{:.1%}", points[tau]["share"]),
+                       shown("{:.1%}", points[tau]["token_match"]),
+                       shown("{:.1f}", points[tau]["run"])))
             for tau in SHOWN_TAUS
         ]  # fmt: skip
-        body.append([name, _form("{:.1%}", side["token_match"]), _form("{:.3f}", side["cos_sim"]),
-                     _form("{:.2f}", side["correlation"]), *cells,
-                     _form("{:.1%}", points[0.90]["token_match_below"])])  # fmt: skip
+        body.append([name, shown("{:.1%}", side["token_match"]), shown("{:.3f}", side["cos_sim"]),
+                     shown("{:.2f}", side["correlation"]), *cells,
+                     shown("{:.1%}", points[0.90]["token_match_below"])])  # fmt: skip
     return titles, body
 
 
@@ -172,10 +163,10 @@ def _alphas(results: Mapping[str, Any]) -> Lines:
     titles = ["level", *(f"{n}-alpha" for n in range(results["gamma"])), "accepted a verify",
               "tokens per verify", "live"]  # fmt: skip
     body = [
-        [name, *(_form("{:.1%}", point["alpha"]) for point in side["alpha"]),
-         _form("{:.2f}", side["replay"]["tokens_accepted"]),
-         _form("{:.2f}", side["replay"]["tokens_per_verify"]),
-         _form("{:.2f}", (side["live"] or {}).get("tokens_per_verify"))]
+        [name, *(shown("{:.1%}", point["alpha"]) for point in side["alpha"]),
+         shown("{:.2f}", side["replay"]["tokens_accepted"]),
+         shown("{:.2f}", side["replay"]["tokens_per_verify"]),
+         shown("{:.2f}", (side["live"] or {}).get("tokens_per_verify"))]
         for name, side in _sides(results)
     ]  # fmt: skip
     return titles, body
@@ -183,7 +174,7 @@ def _alphas(results: Mapping[str, Any]) -> Lines:
 
 def _gap(results: Mapping[str, Any]) -> Lines:
     body = [
-        [level, *(_form("{:.1f}", None if parts.get(key) is None else 100 * parts[key])
+        [level, *(shown("{:.1f}", None if parts.get(key) is None else 100 * parts[key])
                   for key in PARTS)]
         for level, parts in results["gap"]["levels"].items()
     ]  # fmt: skip
@@ -197,15 +188,6 @@ def _goals(results: Mapping[str, Any]) -> Lines:
         for key, (_, form, _) in GOALS.items():
             goal = side["viability"][key]
             verdict = {True: ", met", False: ", not met", None: ""}[goal["met"]]
-            cells.append(_form(form, goal["value"]) + verdict)
+            cells.append(shown(form, goal["value"]) + verdict)
         body.append([name, *cells])
     return ["level", *(f"{title} {goal}" for title, _, goal in GOALS.values())], body
-
-
-def _form(form: str, value: Any) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _markdown(titles: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(titles) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, rule, *body))

@@ -20,6 +20,7 @@ from ..scoring.steps import StateAdapter, level_of
 from ..training.runs import BEST, adapter_folder, levels, run_record
 from ..training.states import States
 from .chains import chains, predicted_features, replay, viability
+from .plots import draw_analysis
 from .published import acceptance_metrics, comparison_markdown, position_stats
 from .report import SCHEMA, results_markdown
 from .steps import Compared, compare, correlation, cosine_curve, split_gap
@@ -208,14 +209,7 @@ def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
         write_json(folder / level / "position_stats.json", position_stats(compared))
         text = comparison_markdown(metrics, live.get("speedup"))
         write_text(folder / level / "METRICS_COMPARISON.md", text)
-    try:
-        from .plots import draw_analysis
-
-        plots = draw_analysis(results, folder)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plots = []
+    plots = draw_analysis(results, folder)
     write_text(folder / "RESULTS.md", results_markdown(results, plots))
     write_json(folder / "results.json", results)
     return [folder / "results.json", folder / "RESULTS.md", *plots]

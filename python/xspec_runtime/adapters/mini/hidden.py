@@ -13,9 +13,10 @@ from ...drafters.hidden import DraftSource, DraftStates, HiddenDrafter
 from ...drafters.two_phase import SharedStates, TwoPhaseDrafter
 from ...models import mini
 from ...replay.arms import SOURCES, Training, Variant
-from ...targets.tapped import TappedTarget
+from ...targets.base import Target
 from ..alignment import AHEAD, STATE_LEVELS
-from ..checkpoint import load_adapter
+from ..checkpoint import adapter_config, load_adapter
+from ..hidden import READS_TARGET
 from ..training.runs import find_run, levels, run_record
 from .pair import HIDDEN
 from .states import DRAFT
@@ -29,37 +30,70 @@ TREE = "tree_"
 COMBINED = ("L4+B1", "L4+L5F", "L4+EAGLE", "TREE+L4", "TREE+EAGLE")
 
 
-def state_arms(folder: Path | None, chosen: str = "") -> list[str]:
+def state_arms(
+    folder: Path | None, chosen: str = "", which: str = "", tapped: bool = True
+) -> list[str]:
     """The arms that the runs below `folder` give: a level's lower-case name, the same with the
     draft hidden, and a constant string beside them.
 
     Args:
         chosen: levels, separated by commas; all that were trained, and `COMBINED`, where empty.
             ``L4+B1``: two phases, arm `l4_b1`. ``TREE+L4``: merged with memory, arm `tree_l4`.
+        which: the runs, see `find_run`.
+        tapped: the target's states can be read; otherwise the levels that do are left out.
 
     Raises:
         FileNotFoundError: a level has no run, or there is none at all.
-        ValueError: a level does not exist, or levels do not combine.
+        ValueError: a level does not exist, cannot be read or is for another vocabulary, or levels
+            do not combine.
     """
     if folder is None:
         if chosen:
             raise ValueError("--adapter-level needs --adapters, the folder of trained adapters")
         return []
     names = [name.strip() for name in chosen.split(",") if name.strip()]
-    trained = levels(folder)
     if not names:
-        names = [name for name in (*STATE_LEVELS, *COMBINED) if set(_levels(name)) <= set(trained)]
+        trained = set(levels(folder, which)) & set(usable(tapped))
+        names = [name for name in (*STATE_LEVELS, *COMBINED) if set(_levels(name)) <= trained]
     if not names:
-        raise FileNotFoundError(f"{folder} holds no run of `xspec train hidden`")
+        starred = f"{which} " if which else ""
+        limit = "" if tapped else ", those that read the target's states left out"
+        raise FileNotFoundError(f"{folder} holds no {starred}run of `xspec train hidden`{limit}")
     arms = [CONSTANT]
     for name in names:
         read = _levels(name)
+        if unread := set(read) - set(usable(tapped)):
+            raise ValueError(
+                f"--adapter-level {name}: {min(unread)} reads the target's states, which only "
+                "--engine transformers keeps"
+            )
         for level in read:
-            find_run(folder, level)
+            adapter_config(find_run(folder, level, which), mini.VOCAB)
         arms.append(name.lower().replace("+", "_"))
         if set(read) - set(WITHOUT_DRAFT):
             arms.append(arms[-1] + HIDDEN)
     return arms
+
+
+def usable(tapped: bool) -> list[str]:
+    """The levels that can run: where no states of the target are kept, those that read none."""
+    return [level for level in STATE_LEVELS if tapped or level not in READS_TARGET]
+
+
+def left_out(folder: Path | None, chosen: str) -> str:
+    """A line on the levels that `state_arms` leaves out where the target is not tapped."""
+    trained = levels(folder) if folder and not chosen else []
+    names = ", ".join(level for level in trained if level in READS_TARGET)
+    return names and f"{names}: left out, --engine llama keeps no states of the target"
+
+
+def reads_target(arm: str) -> bool:
+    """Whether the drafter of an arm reads the target's states."""
+    return not set(READS_TARGET).isdisjoint(_named(arm))
+
+
+def _named(arm: str) -> list[str]:
+    return arm.removesuffix(HIDDEN).removeprefix(TREE).upper().split("_")
 
 
 def _levels(name: str) -> list[str]:
@@ -80,20 +114,20 @@ def state_drafter(
     folder: Path,
     which: str,
     draft: Callable[[str], PreTrainedModel],
-    target: TappedTarget,
+    target: Target,
 ) -> Drafter:
     """A fresh drafter of one of `state_arms`, without the memory that a `TREE` is merged with.
 
     Args:
         which: the run, see `find_run`.
         draft: the draft model of a name, `DRAFT` or another.
-        target: whose states are read.
+        target: a `TappedTarget` where its states are read; its language-model head is, always.
 
     Raises:
         ValueError, RuntimeError, FileNotFoundError: there is no such adapter, or it does not fit.
     """
     hidden = arm.endswith(HIDDEN)
-    named = arm.removesuffix(HIDDEN).removeprefix(TREE).upper().split("_")
+    named = _named(arm)
     sources: dict[str, DraftSource] = {}
 
     def source(model: str) -> DraftSource:
@@ -116,7 +150,7 @@ def _phase(
     which: str,
     hidden: bool,
     source: Callable[[str], DraftSource],
-    target: TappedTarget,
+    target: Target,
 ) -> HiddenDrafter:
     """The drafter of one level; `source` is of the draft that its run was trained on."""
     at = find_run(folder, level, which)
@@ -125,7 +159,8 @@ def _phase(
     if not hidden and level not in WITHOUT_DRAFT:
         states = source(run_record(at).get("draft") or DRAFT)
     head = target.model.get_output_embeddings().weight
-    return HiddenDrafter(adapter, gamma, head, states, target.states, hidden, name=arm)
+    read = target.states if level in READS_TARGET else None
+    return HiddenDrafter(adapter, gamma, head, states, read, hidden, name=arm)
 
 
 def constant_drafter(answers: Sequence[Sequence[int]]) -> Drafter:

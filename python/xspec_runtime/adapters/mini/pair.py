@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,22 @@ from ...data.pairs import Pair
 from ...data.scenes import make_sample
 from ...drafters.adapter import AdapterDrafter, DraftText
 from ...drafters.base import Drafter, Request
+from ...drafters.graph_adapter import GraphAdapterDrafter
 from ...drafters.ngram import NgramDrafter, NgramMemory
 from ...metrics import acceptance_rate, tokens_per_verify
 from ...models import mini
 from ...replay.arms import RECORDED_DRAFT, replay_arms
 from ...replay.run import replay
-from ..base import Adapter
+from ...targets.llama import LlamaTarget
 from ..checkpoint import load_adapter
 
 # The position-wise map of the published structure, and the one that sees the verified prefix.
 ADAPTERS = ("adapter", "adapter_prefix")
 HIDDEN = "_hidden"
 ARMS = tuple(name + suffix for name in ADAPTERS for suffix in ("", HIDDEN))
+# A TokenAdapter whose drafts stay on the target's device; the end of its arm's name.
+TAIL = "_tail"
+TAIL_ARMS = tuple(ADAPTERS[0] + TAIL + suffix for suffix in ("", HIDDEN))
 BATCH = 100
 
 
@@ -67,33 +71,59 @@ def unseen_pairs(draft, target, count: int, seed: int = 0) -> list[Pair]:
     ]
 
 
-def load(name: str, directory: Path | None = None) -> Adapter:
-    """A shipped adapter, `adapter` or `adapter_prefix`; raises like `load_adapter`."""
-    return load_adapter(Path(directory or mini.CHECKPOINTS) / name, mini.VOCAB)
-
-
 def adapter_drafter(
-    arm: str, gamma: int, draft_model=None, directory: Path | None = None
+    arm: str,
+    gamma: int,
+    draft_model=None,
+    directory: Path | None = None,
+    target: LlamaTarget | None = None,
 ) -> AdapterDrafter:
-    """A fresh drafter of one of `ARMS`. Adapters run on the host, where a step is a few small
-    products and no launch.
+    """A fresh drafter of one of `ARMS` or `TAIL_ARMS`.
 
     Args:
         draft_model: the raw draft, for the arms that are not hidden; without one the request
             brings a recorded text.
         directory: of the checkpoints.
+        target: of `TAIL_ARMS`, see `text_reader`.
 
     Raises:
-        ValueError: there is no such arm.
+        ValueError: there is no such arm, or it does not fit the target.
     """
-    if arm not in ARMS:
-        raise ValueError(f"unknown adapter arm {arm!r}; there are {', '.join(ARMS)}")
-    hidden = arm.endswith(HIDDEN)
+    if arm not in (*ARMS, *TAIL_ARMS):
+        known = ", ".join((*ARMS, *TAIL_ARMS))
+        raise ValueError(f"unknown adapter arm {arm!r}; there are {known}")
     text = recorded_text
-    if draft_model is not None and not hidden:
+    if draft_model is not None and not arm.endswith(HIDDEN):
         text = DraftText(draft_model, (mini.EOS,), mini.MAX_NEW_TOKENS)
-    adapter = load(arm.removesuffix(HIDDEN), directory)
-    return AdapterDrafter(adapter, gamma, text, hide_draft=hidden, name=arm)
+    folder = Path(directory or mini.CHECKPOINTS) / arm.removesuffix(HIDDEN).removesuffix(TAIL)
+    return text_reader(folder, arm, gamma, text, target)
+
+
+def text_reader(
+    folder: Path,
+    arm: str,
+    gamma: int,
+    text: Callable[[Request], Sequence[int]] | None,
+    target: LlamaTarget | None = None,
+) -> AdapterDrafter:
+    """A fresh drafter of the adapter in `folder`. It runs on the host, where a step is a few small
+    products and no launch; that of a `TAIL` arm, on the target's device.
+
+    Args:
+        text: the draft's; not asked in a `HIDDEN` arm.
+        target: which a `TAIL` arm drafts for, see `GraphAdapterDrafter`.
+
+    Raises:
+        ValueError, RuntimeError, FileNotFoundError: see `load_adapter`, and `GraphAdapterDrafter`.
+    """
+    hidden = arm.endswith(HIDDEN)
+    if not arm.removesuffix(HIDDEN).endswith(TAIL):
+        adapter = load_adapter(folder, mini.VOCAB)
+        return AdapterDrafter(adapter, gamma, text, hide_draft=hidden, name=arm)
+    if target is None:
+        raise ValueError(f"arm {arm!r} needs a target with graphs")
+    adapter = load_adapter(folder, mini.VOCAB, target.device, target.dtype)
+    return GraphAdapterDrafter(adapter, gamma, target, text, hidden, name=arm)
 
 
 def recorded_text(request: Request) -> Sequence[int]:

@@ -9,28 +9,38 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ...drafters.adapter import AdapterDrafter, DraftText
+from ...drafters.adapter import DraftText
 from ...drafters.base import Drafter, Request
 from ...drafters.draft_model import ModelDrafter
+from ...files import existing_file
 from ...models import mini
-from ..alignment import STATE_LEVELS
-from ..checkpoint import load_adapter
+from ...targets.llama import LlamaTarget
+from ..checkpoint import adapter_config
+from ..network import takes
 from ..training.draft_folder import DRAFT_LEVELS
 from ..training.runs import find_run, levels, run_record
-from ..training.text import TEXT_LEVELS
-from .hidden import CONSTANT, state_arms
-from .pair import HIDDEN
+from ..training.text import TEXT_LEVELS, TOKEN
+from .hidden import CONSTANT, state_arms, usable
+from .pair import HIDDEN, TAIL, text_reader
 from .states import DRAFT
 
 LEVELS = (*TEXT_LEVELS, *DRAFT_LEVELS)
 
 
-def trained_arms(folder: Path | None, chosen: str = "") -> tuple[list[str], list[str]]:
+def trained_arms(
+    folder: Path | None,
+    chosen: str = "",
+    which: str = "",
+    tapped: bool = True,
+    tails: bool = False,
+) -> tuple[list[str], list[str]]:
     """The arms of `state_arms`, and those that the runs of `LEVELS` below `folder` give: a level's
     lower-case name and the same with the draft hidden; a constant string beside them.
 
     Args:
         chosen: as of `state_arms`, with `LEVELS` besides.
+        which, tapped: as of `state_arms`.
+        tails: a TokenAdapter of widths that kernels take is a `TAIL` arm, too.
 
     Raises:
         FileNotFoundError, ValueError: as `state_arms`.
@@ -41,16 +51,22 @@ def trained_arms(folder: Path | None, chosen: str = "") -> tuple[list[str], list
     if folder is None:
         return state_arms(None, chosen), []
     if not names:
-        trained = set(levels(folder))
+        trained = set(levels(folder, which))
         own = [level for level in LEVELS if level in trained]
-        of_states = bool(trained & set(STATE_LEVELS)) or not own
+        of_states = not trained.isdisjoint(usable(tapped)) or not own
     else:
         of_states = bool(others)
-    states = state_arms(folder, ",".join(others)) if of_states else []
+    states = state_arms(folder, ",".join(others), which, tapped) if of_states else []
+    arms = [] if states else [CONSTANT]
     for level in own:
-        find_run(folder, level)
-    arms = [level.lower() + suffix for level in own for suffix in ("", HIDDEN)]
-    return states, arms if states else [CONSTANT, *arms]
+        at, kinds = find_run(folder, level, which), [""]
+        if level in DRAFT_LEVELS:
+            existing_file(at / "config.json", "tuned draft")
+        else:
+            config = adapter_config(at, mini.VOCAB)
+            kinds += [TAIL] if tails and level == TOKEN and takes(config) else []
+        arms += [level.lower() + kind + suffix for kind in kinds for suffix in ("", HIDDEN)]
+    return states, arms
 
 
 def text_drafter(
@@ -60,6 +76,7 @@ def text_drafter(
     which: str,
     draft: Callable[[str], PreTrainedModel],
     tuned: Callable[[str], PreTrainedModel],
+    target: LlamaTarget | None = None,
 ) -> Drafter:
     """A fresh drafter of one of `trained_arms` that is of no states.
 
@@ -67,11 +84,12 @@ def text_drafter(
         which: the run, see `find_run`.
         draft: the draft model of a name, `DRAFT` or another.
         tuned: the draft model in a folder.
+        target: which a `TAIL` arm drafts for.
 
     Raises:
         ValueError, RuntimeError, FileNotFoundError: there is no such adapter, or it does not fit.
     """
-    level, hidden = arm.removesuffix(HIDDEN).upper(), arm.endswith(HIDDEN)
+    level, hidden = arm.removesuffix(HIDDEN).removesuffix(TAIL).upper(), arm.endswith(HIDDEN)
     at = find_run(folder, level, which)
     if level in DRAFT_LEVELS:
         kind = BlindDrafter if hidden else ModelDrafter
@@ -80,8 +98,7 @@ def text_drafter(
     if not hidden:
         model = draft(run_record(at).get("draft") or DRAFT)
         text = DraftText(model, (mini.EOS,), mini.MAX_NEW_TOKENS)
-    adapter = load_adapter(at, mini.VOCAB)
-    return AdapterDrafter(adapter, gamma, text, hide_draft=hidden, name=arm)
+    return text_reader(at, arm, gamma, text, target)
 
 
 class BlindDrafter(ModelDrafter):

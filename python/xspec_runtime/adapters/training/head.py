@@ -14,6 +14,7 @@ from torch import nn
 
 from ...files import replace_file
 from ..text_head import UNKNOWN, TextHead, TextHeadConfig
+from .loop import unfinished
 
 PAD = -1  # behind short answers
 TEMPERATURES = np.geomspace(0.5, 2.0, 61)
@@ -128,7 +129,11 @@ def _fit(
     optimizer = torch.optim.AdamW(head.parameters(), plan.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=steps + 1)
     parts = {"head": head, "optimizer": optimizer, "schedule": schedule}
-    start = _resume(state, key, parts)
+    start = 0
+    if saved := unfinished(state, key):
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        start = saved["step"]
     head.train()
     for step in range(start, steps):
         # Seeded by its number, a step of a resumed run draws what it would have drawn.
@@ -148,22 +153,6 @@ def _fit(
             saved = {name: part.state_dict() for name, part in parts.items()}
             saved |= {"step": step + 1, "key": key}
             replace_file(state, lambda path, saved=saved: torch.save(saved, path))
-
-
-def _resume(state: Path | None, key: str, parts: dict) -> int:
-    """Steps already taken by the run kept in `state`, whose parts are loaded."""
-    if not state or not state.exists():
-        return 0
-    try:
-        saved = torch.load(state, weights_only=True)
-        known = saved["key"]
-    except Exception as error:
-        raise ValueError(f"{state} is damaged ({type(error).__name__}); remove it") from error
-    if known != key:
-        raise ValueError(f"{state} belongs to a run of other answers or options; remove it")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved["step"]
 
 
 @torch.inference_mode()

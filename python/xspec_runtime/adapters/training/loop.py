@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...files import replace_file
+from ...files import read_saved, replace_file
 
 HIDDEN_SHARE = 0.3
 Progress = Callable[[int, int, float], None]
@@ -58,15 +58,13 @@ class Training:
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} must be an int in {low}..{high}, got {value!r}")
-        if not 0 < self.rate <= 1 or not 0 < self.decay <= 1:
-            raise ValueError(
-                f"rate and decay must be above 0 and at most 1, got {self.rate} and {self.decay}"
-            )
-        if not 0 < self.held_out < 1 or not 0 <= self.hidden_share < 1:
-            raise ValueError(
-                "held_out and hidden_share must be shares below 1, held_out above 0, got "
-                f"{self.held_out} and {self.hidden_share}"
-            )
+        for name in ("rate", "decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out}")
+        if not 0 <= self.hidden_share < 1:
+            raise ValueError(f"hidden_share must be from 0 to below 1, got {self.hidden_share}")
 
     def position_weights(self, positions: int) -> torch.Tensor:
         """What each position of an answer weighs, ``[positions]``."""
@@ -163,7 +161,12 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    history, best = _resume(state, key, module, optimizer, schedule)
+    history, best = [], {}
+    if saved := unfinished(state, key):
+        module.load_state_dict(saved["adapter"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        history, best = saved["history"], saved["best"]
     for epoch in range(len(history), plan.epochs):
         if _stalled(history, plan.patience):
             break
@@ -199,6 +202,20 @@ def fit(
     module.load_state_dict(best, strict=False)
     module.eval()
     return history
+
+
+def unfinished(state: Path | None, key: str) -> dict[str, Any] | None:
+    """What the run of this key kept in `state`; None where it kept nothing.
+
+    Raises:
+        ValueError: the file is damaged, or another run's.
+    """
+    if not state or not state.exists():
+        return None
+    saved = read_saved(state)
+    if not isinstance(saved, dict) or saved.get("key") != key:
+        raise ValueError(f"{state} belongs to a run of other answers or options; remove it")
+    return saved
 
 
 @torch.inference_mode()
@@ -287,27 +304,3 @@ def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
 def _stalled(history: list[dict[str, Any]], patience: int) -> bool:
     losses = [row["val_loss"] for row in history]
     return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def _resume(
-    state: Path | None,
-    key: str,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Epochs of the run kept in `state`, whose parts are loaded, and its best weights."""
-    if not state or not state.exists():
-        return [], {}
-    try:
-        saved = torch.load(state, weights_only=True)
-        known, history, best = saved["key"], saved["history"], saved["best"]
-        weights = saved["adapter"]
-    except Exception as error:
-        raise ValueError(f"{state} is damaged ({type(error).__name__}); remove it") from error
-    if known != key:
-        raise ValueError(f"{state} belongs to a run of other states or options; remove it")
-    module.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    return history, best

@@ -71,9 +71,9 @@ def find_run(folder: Path, level: str, which: str = "") -> Path:
     if which not in ("", "latest", STAR):
         raise ValueError(f"a run is latest or starred, got {which!r}")
     found = [
-        (values.get("finished", ""), path.parent)
-        for path in sorted(folder.glob("*/results.json"))
-        if (values := _record(path)).get("level") == level
+        (values.get("finished", ""), path)
+        for path, values in _runs(folder, "")
+        if values["level"] == level
     ]
     starred = [run for run in found if (run[1] / STAR).exists()]
     chosen = starred if which == STAR else (found if which else starred or found)
@@ -124,16 +124,25 @@ def star(folder: Path) -> str:
     return level
 
 
-def levels(folder: Path) -> list[str]:
-    """Levels that have a run below `folder`."""
-    records = [_record(path) for path in sorted(folder.glob("*/results.json"))]
-    return sorted({record["level"] for record in records if "level" in record})
+def levels(folder: Path, which: str = "") -> list[str]:
+    """Levels that have a run below `folder`, a starred one where `which` is `STAR`."""
+    return sorted({record["level"] for _, record in _runs(folder, which)})
 
 
 def run_record(folder: Path) -> dict[str, Any]:
     """results.json of the run that the adapter in `folder` is of; empty where there is none."""
     path = folder.parent / "results.json"
     return _record(path) if path.exists() else {}
+
+
+def _runs(folder: Path, which: str) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, record) of every run below `folder`, or of every one that is starred."""
+    records = [(path.parent, _record(path)) for path in sorted(folder.glob("*/results.json"))]
+    return [
+        (run, record)
+        for run, record in records
+        if "level" in record and (which != STAR or (run / STAR).exists())
+    ]
 
 
 def _record(path: Path) -> dict[str, Any]:
