@@ -93,6 +93,10 @@ void verify_sampling_cpu(const VerifySamplingArgs<Token>& args);
 // moved.
 int kv_commit_cpu(const KvCommitArgs& args);
 
+// Looks at a word of host memory until it is not `before`; false once the time is over. What was
+// written before the word is then visible too.
+bool await_change(const int64_t* word, int64_t before, int64_t microseconds);
+
 // Whether an NVTX tool listens; push and pop do nothing otherwise. A null payload is none.
 bool nvtx_attached();
 void nvtx_push(const char* name, uint32_t color, const int64_t* payload);

@@ -162,6 +162,11 @@ void kv_commit_cuda(Address table, Address accept_path, Address accept_len, Addr
 #endif
 }
 
+bool await_change(Address word, int64_t before, int64_t microseconds) {
+  py::gil_scoped_release unlocked;
+  return xspec::await_change(as<const int64_t>(word), before, microseconds);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -180,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
     xspec::nvtx_push(name, color, payload ? &*payload : nullptr);
   });
   m.def("nvtx_pop", &xspec::nvtx_pop);
+  m.def("await_change", &await_change);
   m.def("tree_mask", &tree_mask);
   m.def("verify_greedy_int32", &verify_greedy<int32_t>);
   m.def("verify_greedy_int64", &verify_greedy<int64_t>);

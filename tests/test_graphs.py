@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -159,10 +160,19 @@ class FakeCuda:
         self.options: dict = {}
         # torch's pool of streams, and the current one.
         self.handles = itertools.cycle(range(32))
-        self.now = self._Stream(self, "main", -1)
+        self._main, self._here = self._Stream(self, "main", -1), threading.local()
         monkeypatch.setattr(graphs, "_held", WeakValueDictionary())
         for name in ("Stream", "CUDAGraph", "current_stream", "stream", "device", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    @property
+    def now(self) -> _Stream:
+        """The current stream, each thread's own."""
+        return getattr(self._here, "stream", self._main)
+
+    @now.setter
+    def now(self, stream: _Stream) -> None:
+        self._here.stream = stream
 
     class _Stream:
         device = CPU
@@ -172,6 +182,9 @@ class FakeCuda:
 
         def wait_stream(self, other) -> None:
             self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+        def synchronize(self) -> None:
+            self.cuda.log.append(f"{self.name} is done")
 
     def Stream(self, device=None):
         return self._Stream(self, "side", next(self.handles))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
+from test_graphs import FakeCuda
 from xspec_runtime import cli
 from xspec_runtime.data.dsec import open_dataset
 from xspec_runtime.data.dsec_miniature import write_miniature
@@ -25,7 +27,7 @@ from xspec_runtime.models.eventgpt import EventGPTConfig, EventGPTForConditional
 from xspec_runtime.models.vlm_pair import EmbeddedPair, FolderPair
 from xspec_runtime.stages.clock import stage_models
 from xspec_runtime.stages.record import parallel_record, statistics
-from xspec_runtime.stages.run import StageOptions, run_stages
+from xspec_runtime.stages.run import StageOptions, _both, run_stages
 
 PUBLISHED_PARALLEL = {
     *("egpt_prefill_complete", "vl_prefill_complete", "overlap_window", "hidden_tokens"),
@@ -227,3 +229,19 @@ def test_bad_options(data, tmp_path, monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 2
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_on_a_gpu_each_model_has_a_stream_of_its_own(monkeypatch) -> None:
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    seen: list = []
+
+    def run(clip, question) -> str:
+        seen.append(torch.cuda.current_stream(device).cuda_stream)
+        cuda.log.append("run")
+        return f"{clip} {question}"
+
+    model = SimpleNamespace(target=SimpleNamespace(device=device), run=run)
+    assert _both((model, model), "clip", "why")[:2] == ("clip why", "clip why")
+    assert cuda.log[:2] == ["side waits for main"] * 2
+    assert len(set(seen)) == 2 and cuda.now.cuda_stream not in seen
+    assert cuda.log.count("side is done") == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 try:
@@ -30,6 +32,21 @@ def cuda_unusable(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"it needs CUDA tensors, got {device_type}"
     return None
+
+
+def await_change(word: torch.Tensor, before: int, microseconds: int) -> bool:
+    """Look at one int64 of host memory until it is not `before`; False once the time is over.
+
+    Other Python threads run meanwhile.
+    """
+    if module is not None:
+        return module.await_change(word.data_ptr(), before, microseconds)
+    value, deadline = word.numpy(), time.perf_counter() + microseconds / 1e6
+    while value == before:
+        if time.perf_counter() >= deadline:
+            return False
+        time.sleep(0)
+    return True
 
 
 def address(tensor: torch.Tensor | None) -> int:

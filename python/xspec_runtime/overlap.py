@@ -6,11 +6,10 @@ event image, so what it says in that time costs no wall time, and seeds the targ
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import mean
@@ -29,9 +28,6 @@ from .head_start import LateText, head_start_of, prefill_pair
 MODES = ("window", "concurrent", "off")
 Inputs = Mapping[str, torch.Tensor]
 _PATIENCE = 0.02  # seconds between two questions whether inputs that take long are still wanted
-# Seconds that a thread waits for the interpreter while another waits for a GPU, which it does in a
-# loop: with Python's 5 ms, a video of a hundred calls into C takes half a second longer.
-_TURN = 5e-5
 
 
 @dataclass(slots=True)
@@ -133,11 +129,10 @@ class Overlap:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.decoder = decoder
         self.head = head_start_of(decoder)
-        devices = self.head.draft.model.device, decoder.target.device
         if mode is None:
-            mode = "concurrent" if devices[0] != devices[1] else "window"
+            apart = self.head.draft.model.device != decoder.target.device
+            mode = "concurrent" if apart else "window"
         self.mode = mode
-        self._polls = mode != "off" and any(device.type == "cuda" for device in devices)
         self.stages = Stages(mode)
         # Drafts that ride in the target's prefill must be there before it.
         paired = mode == "concurrent" and decoder.config.prefill_fused != "fast"
@@ -178,17 +173,16 @@ class Overlap:
         stream = _stream_of(self.decoder.target.device)
         work = partial(_prepared, prepare, unwanted, frames, stream)
         try:
-            with _taking_turns() if self._polls else nullcontext():
-                found = self._prepare(pool, request, work, stopped)
-                if found is None:
-                    self.stages = Stages(self.mode)
-                    return Generation([], cancelled=True)
-                inputs, prepared = found
-                decoder, drafted = self._decoder()
-                with self._prefills(request):
-                    answer = decoder.generate(
-                        inputs, request, on_tokens=heard, drafted=drafted, stop=stop, **options
-                    )
+            found = self._prepare(pool, request, work, stopped)
+            if found is None:
+                self.stages = Stages(self.mode)
+                return Generation([], cancelled=True)
+            inputs, prepared = found
+            decoder, drafted = self._decoder()
+            with self._prefills(request):
+                answer = decoder.generate(
+                    inputs, request, on_tokens=heard, drafted=drafted, stop=stop, **options
+                )
             self.stages = self._measured(start, prepared, first[0] if first else perf_counter())
             return answer
         finally:
@@ -275,14 +269,3 @@ def _prepared(
 def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
     """The current stream; None where there are none."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _taking_turns() -> Iterator[None]:
-    """While this lasts, threads get the interpreter soon after they ask for it."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _TURN))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

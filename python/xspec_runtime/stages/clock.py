@@ -142,7 +142,8 @@ def stage_models(
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        # Another model may be at work on another stream.
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _memory(device: torch.device) -> float | None:

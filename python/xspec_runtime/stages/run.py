@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..data.video import MODES as FRAME_MODES
 from ..environment import environment
 from ..errors import out_of_memory
 from ..files import check_output, read_lines, write_json, write_text
+from ..graphs import own_stream
 from ..journal import Journal
 from ..models.mini import decode_answer
 from ..models.vlm_pair import EmbeddedPair, FolderPair, VlmPair
@@ -206,11 +209,36 @@ def _sample(
 def _both(
     models: tuple[StageModel, StageModel], clip: Clip, question: str
 ) -> tuple[Timed, Timed, float]:
-    """Both models at once, a thread each."""
+    """Both models at once: a thread each, and on a GPU a stream."""
+
+    def run(model: StageModel, beside: AbstractContextManager) -> Timed:
+        with beside:
+            return model.run(clip, question)
+
+    streams = [_own_stream(model.target.device) for model in models]
     with ThreadPoolExecutor(2) as pool:
         start = perf_counter()
-        draft, target = pool.map(lambda model: model.run(clip, question), models)
+        draft, target = pool.map(run, models, streams)
     return draft, target, perf_counter() - start
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    with torch.cuda.stream(stream):
+        yield
+    # What comes next may be on another stream.
+    stream.synchronize()
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager:
+    """Inside, work on the device goes to a stream of its own, behind what the caller has asked for
+    so far.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream = own_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return _on(stream)
 
 
 def _write(folder: Path, config: dict, rows: list[dict]) -> None:

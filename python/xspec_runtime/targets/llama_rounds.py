@@ -18,13 +18,14 @@ from xspec_kernels import (
     tree_mask,
     verify_tail,
 )
+from xspec_kernels._native import await_change
 
 from ..drafters.base import MAX_ROWS, ON_DEVICE, DraftTree
 from .greedy import Verdict
 
 T = TypeVar("T")
-# Looks at the record between two looks at the stream and at the clock.
-_POLLS = 1 << 14
+# Microseconds at the record between two looks at the stream and at the clock.
+_SLICE = 1000
 # Seconds that a launch may take before it counts as one that never ends.
 _LIMIT = 300.0
 
@@ -90,6 +91,7 @@ class RoundBuffers:
         self._root = torch.zeros(batch, dtype=torch.int64, device=device)
         self._sequence = torch.zeros_like(self._root)
         self._record = torch.zeros(batch, TOKENS + MAX_ROWS, dtype=torch.int64, pin_memory=pinned)
+        self._numbers = self._record[:, SEQUENCE].unbind()
         self._unread: list[int] | None = None
 
     def write(
@@ -232,14 +234,9 @@ class RoundBuffers:
         """Until every request of the last launch has its record; no CUDA call waits."""
         before, self._unread = self._unread or (), None
         deadline = perf_counter() + _LIMIT
-        numbers = self._record.numpy()[:, SEQUENCE]
-        for request, number in enumerate(before):
-            polls = 0
-            while numbers[request] == number:
-                polls += 1
-                if polls % _POLLS:
-                    continue
-                if self._idle() and numbers[request] == number:
+        for word, number in zip(self._numbers, before, strict=False):
+            while not await_change(word, number, _SLICE):
+                if self._idle() and not await_change(word, number, 0):
                     raise RuntimeError("the device is idle and has published no decision")
                 if perf_counter() > deadline:
                     raise RuntimeError(f"no decision after {_LIMIT:.0f} s: a kernel hangs")
