@@ -53,7 +53,8 @@ $(OTHER)/.xspec-made: | setup
 
 test-transformers: setup $(OTHER)/.xspec-made
 	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
-		tests/test_hf*.py tests/test_engine.py tests/test_batch.py tests/test_lossless.py
+		tests/test_hf*.py tests/test_engine.py tests/test_batch.py tests/test_lossless.py \
+		tests/test_e2e.py
 
 # Other cases in every run; a failure prints the case and what repeats it.
 fuzz: export XSPEC_FUZZ = $(FUZZ)

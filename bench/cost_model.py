@@ -17,8 +17,8 @@ from xspec_runtime.cost.report import (
     projected_markdown,
     write_cost,
 )
-from xspec_runtime.cost.spot import modelled_for, numbers, spot_e2e, spot_verify
-from xspec_runtime.files import read_json
+from xspec_runtime.cost.spot import modelled_for, numbers, read_verify, spot_e2e, spot_verify
+from xspec_runtime.result_schema import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -66,8 +66,10 @@ def main(
             fill_page(page, measured, results, check)
     else:
         gammas = numbers("--gamma", gamma, 63) if gamma else ()
-        tall = read_json(verify) if verify else spot_verify(output_dir) if not e2e else None
-        whole = read_json(e2e) if e2e else spot_e2e(output_dir, samples)
+        whole, tall = e2e and read_results(e2e), verify and read_verify(verify)
+        if whole is None:
+            tall = tall or spot_verify(output_dir)
+            whole = spot_e2e(output_dir, samples)
         results = cost_results(said, whole, tall, backend, gammas)
         shown = f"{points_markdown(results)}\n\n{projected_markdown(results)}"
     written = [] if check else write_cost(results, output_dir, json_file)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from xspec_runtime.cli import Command, run_cli
+from xspec_runtime.cli import Command, run_cli, script_command
 from xspec_runtime.e2e import Options, run_e2e
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -109,7 +107,7 @@ def main(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Compare lossless decoding arms; writes results.json, RESULTS.md and plots."""
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = script_command()
     values = {k: v for k, v in locals().items() if k not in ("debug", "json_file", "json")}
     run_cli(lambda: run(Options(json_file=json_file, **values)), debug, LESS_MEMORY)
 

@@ -13,13 +13,15 @@ from typing import Annotated
 import typer
 
 from xspec_runtime.cli import command
+from xspec_runtime.cost.spot import numbers
 from xspec_runtime.data.pairs import read_pairs
-from xspec_runtime.drafters.base import Request
+from xspec_runtime.drafters.base import MAX_ROWS, Request
 from xspec_runtime.drafters.ngram import NgramDrafter, NgramMemory
 from xspec_runtime.environment import environment
 from xspec_runtime.files import check_output, write_json
 
 LENGTH = 50  # tokens of an answer
+MOST = 8_000_000  # a memory has room for twice as many
 VOCAB = 32_000
 NOVEL = 0.05  # tokens that are random
 CROSSING = 0.3  # chance, at a token, to go on as another recorded answer with the same two tokens
@@ -86,6 +88,9 @@ def measure(memory: NgramMemory, answers: list[list[int]], rows: int) -> list[di
 
 def run(pairs: Path | None, tokens: int, rows: str, backend: str, json: Path | None, call: str):
     """Fill a memory, measure at every number of rows, print and write the figures."""
+    counts = numbers("--rows", rows, MAX_ROWS)
+    if not 1 <= tokens <= MOST:
+        raise ValueError(f"--tokens must be in 1..{MOST}, got {tokens}")
     if json:
         check_output(json)
     rng = random.Random(0)
@@ -95,9 +100,7 @@ def run(pairs: Path | None, tokens: int, rows: str, backend: str, json: Path | N
     while (stored := memory.statistics().tokens) < tokens:
         memory.extend(islice(source, 1 + (tokens - stored) // LENGTH))
     results = [
-        found
-        for count in rows.split(",")
-        for found in measure(memory, list(islice(source, 100)), int(count))
+        found for count in counts for found in measure(memory, list(islice(source, 100)), count)
     ]
     for found in results:
         print(dumps(found))

@@ -40,8 +40,8 @@ from xspec_runtime.workloads import Workload
 ROOT = Path(__file__).resolve().parent.parent
 
 
-E2E, REPLAY, PUBLISH, SMOLLM2, GPU = map(
-    bench_script, ("e2e", "replay", "publish", "smollm2", "gpu_suite")
+E2E, REPLAY, PUBLISH, SMOLLM2, GPU, MEMORY = map(
+    bench_script, ("e2e", "replay", "publish", "smollm2", "gpu_suite", "memory")
 )
 
 
@@ -229,6 +229,7 @@ OPTIONS = {
     ("--backend", "quick"): "--backend: .* 'quick', expected one of auto, torch",
     ("--backend", "cuda"): "--backend: .* cannot run",
     ("--arms", "target,ngram,ngram"): "--arms names ngram more than once",
+    ("--arms", " ,"): "--arms names no arm, got ' ,'",
     ("--target", "x", "--questions", "q"): "go with the embedded pair, not --target DIR",
     ("--target", "x", "--events", "e"): "go with the embedded pair, not --target DIR",
 }
@@ -603,6 +604,34 @@ def test_tracebacks_only_with_debug(monkeypatch, tmp_path):
     assert isinstance(invoke(E2E.app, "--gamma", 0, "--debug").exception, ValueError)
 
 
+def python(*arguments: str, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], **pipes, **options)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    work = "lambda: [print('x' * 1000, flush=True) for _ in range(999)]"
+    talks = python("-c", f"from xspec_runtime.cli import run_cli\nrun_cli({work})")
+    assert talks.stdout.readline().startswith("xxx")
+    talks.stdout.close()
+    assert (talks.stderr.read(), talks.wait(60)) == ("", 1)
+
+
+def test_a_bar_leaves_nothing_where_there_is_no_terminal():
+    bar = "from xspec_runtime.cli import progress_bar\nwith progress_bar('x') as show: show(1, 2)"
+    assert python("-c", bar).communicate(timeout=60) == ("", "")
+
+
+def test_the_package_is_a_command(tmp_path):
+    out, err = python("-m", "xspec_runtime", "frob", cwd=tmp_path).communicate(timeout=60)
+    assert not out and "No such command 'frob'" in err and len(err.splitlines()) == 1
+
+
+def test_commands_are_kept_as_a_shell_takes_them(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench/drop_in.py", "--arms", "no drafts,drop-in"])
+    assert cli.script_command() == "python bench/drop_in.py --arms 'no drafts,drop-in'"
+
+
 # The other scripts
 
 
@@ -629,6 +658,21 @@ def test_publishing(given, tmp_path, monkeypatch):
         monkeypatch.setitem(PUBLISH.TABLES, "e2e", (file, PUBLISH.markdown_table))
         line = refused(PUBLISH.app, "--document", tmp_path / "README.md", left=tmp_path)
         assert message in line and str(file) in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "6,x"], "--rows must be different numbers in 1..64, got '6,x'"),
+        (["--rows", "65"], "--rows must be different numbers in 1..64, got '65'"),
+        (["--tokens", "0"], "--tokens must be in 1..8000000, got 0"),
+        (["--pairs", "nowhere.jsonl"], "recorded pairs not found: nowhere.jsonl"),
+        (["--backend", "quick"], "backend 'quick', expected one of auto"),
+    ],
+)
+def test_memory(options, message, monkeypatch):
+    monkeypatch.setattr(MEMORY, "measure", lambda *_: pytest.fail("a memory is filled"))
+    assert message in refused(MEMORY.app, "--tokens", 100, *options)
 
 
 def test_smollm2(given, tmp_path, monkeypatch):

@@ -218,6 +218,9 @@ def test_what_modelling_refuses(llama) -> None:
             numbers("--rows", text, 64)
 
 
+PRICED = RESULTS / "regret_cpu.json"
+
+
 def run(*arguments: object):
     return invoke(bench_script("cost_model").app, *arguments)
 
@@ -250,7 +253,9 @@ def test_a_projection_from_files(tmp_path: Path) -> None:
     [
         (["--card", "h300"], "card must be one of"),
         (["--card", "h200", "--rows", "99"], "--rows must be different numbers in 1..64"),
-        (["--e2e", "/nowhere.json"], "file not found: /nowhere.json"),
+        (["--e2e", "/nowhere.json"], "end-to-end results not found: /nowhere.json"),
+        (["--e2e", PRICED], "is no result of bench/e2e.py: schema: expected 'xspec.e2e/1'"),
+        (["--verify", PRICED], "is no result of bench/verify.py: expected schema xspec.verify/1"),
         (["--page", "x.md"], "--page goes with --card"),
         (["--e2e", RESULTS / "e2e_cpu.json", "--gamma", "20"], r"v(21) was not measured"),
     ],
@@ -281,6 +286,9 @@ def test_the_page_holds_what_the_model_gives(tmp_path: Path) -> None:
     copy.write_text(copy.read_text().replace("H200, bf16", "H200, int3"))
     with pytest.raises(ValueError, match="is not what its results give"):
         fill_page(copy, RESULTS, results, check=True)
+    copy.write_text("no table\n")
+    with pytest.raises(ValueError, match="has no tables"):
+        fill_page(copy, RESULTS, results)
     copy.write_text("<!-- table: wrong -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="there is no table 'wrong'"):
         fill_page(copy, RESULTS, results)

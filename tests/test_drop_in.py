@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xspec_runtime.drop_in.arms import AGAIN, COLD, LOOKUP, NOTHING, PLAIN, WRONG
+from xspec_runtime.drop_in.arms import AGAIN, COLD, LOOKUP, NOTHING, PLAIN, WRONG, Arms
 from xspec_runtime.drop_in.material import EMBEDDED, material, read_prompts
 from xspec_runtime.drop_in.report import drop_in_markdown, drop_in_table
 from xspec_runtime.drop_in.run import SCHEMA, DropInOptions, run_drop_in, summarize
@@ -66,6 +66,13 @@ def test_a_run_on_the_embedded_target() -> None:
     json.dumps(results)
 
 
+def test_the_lookup_copies_no_placeholder() -> None:
+    """The embedded target takes a copied one for a video token and refuses the pass."""
+    model, pad, (prompt,) = material(EMBEDDED, None, 1, 8)
+    arms = Arms(model, pad, 8, 16, {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2})
+    assert arms.run(LOOKUP, prompt).tokens == arms.run(PLAIN, prompt).tokens
+
+
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path) -> None:
     for options, words in (
         (DropInOptions(EMBEDDED, arms="magic"), "unknown arms"),
@@ -73,6 +80,8 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             run_drop_in(options)
+    with pytest.raises(ValueError, match="--prompts goes with a model in a folder"):
+        material(EMBEDDED, tmp_path / "prompts.json", 1, 8)
     with pytest.raises(FileNotFoundError, match="holds no model"):
         material(str(tmp_path), None, 1, 8)
     prompts = tmp_path / "prompts.json"

@@ -83,11 +83,13 @@ def test_faults_are_named(copy):
     clips[1].film.write_bytes(b"no film")
     shutil.rmtree(clips[2].frames)
     clips[2].film.unlink()
+    clips[3].events.write_bytes(b"")
     edit(copy, 3, id=clips[0].id)
     data = open_dataset(copy)
     found = check(data)
-    assert [clips[0].events.name in found[0], len(found)] == [True, 3]
-    assert "neither frames nor a film" in found[1] and "twice" in found[2]
+    assert [clips[0].events.name in found[0], len(found)] == [True, 4]
+    assert "neither frames nor a film" in found[1] and found[2] == f"{clips[3].events}: empty"
+    assert "twice" in found[3]
     assert any(clips[1].film.name in fault for fault in check(data, read=True))
 
 

@@ -21,7 +21,7 @@ from xspec_runtime.engine import Round
 from xspec_runtime.measure import run_interleaved, summarize
 from xspec_runtime.models import mini
 from xspec_runtime.report import validate_results
-from xspec_runtime.workloads import Workload
+from xspec_runtime.workloads import MiniPair, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ["target", "hf_generate", "hf_prompt_lookup", "hf_assisted"]
@@ -54,6 +54,19 @@ def test_all_arms_agree_with_the_target(finished) -> None:
         by_name["target"]["tokens_per_verify"] == by_name["hf_generate"]["tokens_per_verify"] == 1
     )
     assert by_name["tree"]["tokens_per_verify"] > by_name["ngram_cold"]["tokens_per_verify"] > 1
+
+
+def test_an_assistant_without_eyes_takes_no_frames() -> None:
+    """transformers 5.17 hands it the target's; later versions do not."""
+    workload = MiniPair(Options("").settings()).workload([])
+    assistant = workload.arms["hf_assisted"]().options["assistant_model"]
+    ids, frames = torch.tensor([[5, 6, 7]]), torch.zeros(1, 8, 3, 64, 64)
+    asked = {"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False}
+    blind, seeing = (
+        assistant.generate(ids, **asked),
+        assistant.generate(ids, pixel_values_videos=frames, **asked),
+    )
+    assert blind.tolist() == seeing.tolist() and blind.shape == (1, 5)
 
 
 def test_our_own_engine_with_drafts_in_the_prefill(tmp_path) -> None:
@@ -229,6 +242,13 @@ def test_doctor_names_every_op_and_package() -> None:
     assert result.exit_code == 0, result.output
     for word in ("tree_mask", "verify_greedy", "kv_commit", "transformers", "compiled kernels"):
         assert word in result.output
+
+
+def test_doctor_cuts_no_word_short(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = invoke(cli.app, "doctor").output.splitlines()
+    assert any("transformers" in line and "targets and drafts" in line for line in lines)
+    assert not any("…" in line for line in lines)
 
 
 def test_doctor_finds_an_unsupported_version(monkeypatch) -> None:

@@ -220,6 +220,36 @@ def test_settings_out_of_range(values: dict[str, int]) -> None:
         SpecConfig(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": 1.5}, r"rows must be an integer, got 1\.5"),
+        ({"seed": "7"}, "seed must be an integer, got '7'"),
+        ({"eos_token_ids": 2}, r"eos_token_ids must be token ids as in \(2,\), got 2"),
+        ({"eos_token_ids": (None,)}, r"eos_token_ids must be token ids .*, got \(None,\)"),
+    ],
+)
+def test_settings_of_another_type(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpecConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, 'a tensor under "input_ids", got dict'),
+        ("hello", "a mapping with a tensor .* got str"),
+        ({"input_ids": [[1, 2]]}, "got list"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"\[1, length\], got shape \(1, 0\)"),
+        ({"input_ids": torch.ones(1, 2)}, "input_ids must be int64 or int32, got torch.float32"),
+    ],
+)
+def test_malformed_prompts(inputs, message: str) -> None:
+    decoder = SpeculativeDecoder(TransformersTarget(tiny_llama(0), 32), None, SpecConfig(4, 4))
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(inputs)
+
+
 @pytest.mark.parametrize("gamma", [0, 64])
 def test_gamma_out_of_range(gamma: int) -> None:
     with pytest.raises(ValueError, match="gamma"):

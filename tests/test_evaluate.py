@@ -55,7 +55,7 @@ def test_cells_hold_what_a_replay_gives(pairs_file):
     results = evaluate(EvaluateOptions(pairs_file, folds=4, rows="4,16", sources="memory tree"))
     assert results["complete"] and results["schema"] == "xspec.evaluate/1"
     pairs = read_pairs(pairs_file)
-    memory = NgramMemory()
+    memory = NgramMemory(recency=0)
     memory.extend(pair.target for pair in pairs[10:])
     tally = Tally()
     for pair in pairs[:10]:

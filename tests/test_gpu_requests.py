@@ -36,8 +36,10 @@ def test_operations_of_a_prompt() -> None:
     ids = torch.zeros(1, rows, dtype=torch.int64)
     # torch counts attention to all rows, those behind included.
     behind = shape.layers * 2 * 2 * shape.heads * shape.head_dim * rows * (rows - 1) / 2
-    found = counted(model, ids, logits_to_keep=1)
-    assert found == prefill.prompt_operations(shape, rows) + behind
+    # Some versions of transformers multiply positions and frequencies as matrices.
+    angles = shape.head_dim * rows
+    found = counted(model, ids, logits_to_keep=1) - behind
+    assert found - prefill.prompt_operations(shape, rows) in (0, angles)
 
 
 def test_operations_of_frames() -> None:

@@ -320,6 +320,7 @@ def test_refusals(seed):
             model.generate(**given, max_new_tokens=4, custom_generate=hf.generate, **options)
 
     refuses("xspec_rows must be in 1..64, got 65", xspec_rows=65)
+    refuses("xspec_memory must be True, False or an NgramMemory, got str", xspec_memory="x")
     refuses("does not support output_hidden_states", output_hidden_states=True,
             return_dict_in_generate=True)  # fmt: skip
     refuses("does not support scores or logits of several prompts", 2, output_scores=True,

@@ -62,6 +62,12 @@ def test_capacity_exactly_enough_and_one_too_few(rows: int) -> None:
             short.generate({"input_ids": ids})
 
 
+@pytest.mark.parametrize("capacity", [0, -1, 2.5, "64", None])
+def test_capacity_is_a_number_of_rows(capacity) -> None:
+    with pytest.raises(ValueError, match=f"capacity must be .* got {capacity!r}"):
+        TransformersTarget(tiny_llama(0), capacity)
+
+
 def test_heights_that_a_greater_one_undercuts_are_left_out() -> None:
     assert cheapest({2: 1.0, 3: 2.0, 4: 1.5, 5: 1.6, 6: 1.9, 7: 1.8}) == (2, 4, 5, 7)
     assert cheapest({2: 3.0, 3: 2.0, 4: 1.0}) == (4,)

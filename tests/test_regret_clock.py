@@ -50,6 +50,7 @@ def test_arms_are_compared_sample_by_sample() -> None:
         ({"arms": "draft,frob"}, r"unknown arms \['frob'\]"),
         ({"arms": ""}, "one or more different names"),
         ({"arms": "tree,tree"}, "one or more different names"),
+        ({"limit": 3}, "limit goes with pairs"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -186,11 +186,11 @@ def test_command(rng, tmp_path, capsys):
     pairs, out = tmp_path / "pairs.jsonl", tmp_path / "head.safetensors"
     row = '{{"egpt_tokens": [1], "vl_tokens": {}}}\n'
     pairs.write_text("".join(row.format(answer) for answer in answers(rng)))
-    options = ["--width", "16", "--epochs", "2"]
+    options = ["--width", "16", "--num-epochs", "2"]
     app(["train", "head", str(pairs), str(out), *options], standalone_mode=False)
     assert "nats a token" in capsys.readouterr().err
     assert load_text_head(out, 32_000).config.width == 16
     assert [path.name for path in tmp_path.iterdir() if ".state" in path.name] == []
     with pytest.raises(SystemExit) as stop:
-        app(["train", "head", str(pairs), str(out), "--epochs", "0"])
-    assert stop.value.code == 2 and "epochs must be an int" in capsys.readouterr().err
+        app(["train", "head", str(pairs), str(out), "--num-epochs", "0"])
+    assert stop.value.code == 2 and "error: --num-epochs must be an int" in capsys.readouterr().err

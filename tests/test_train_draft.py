@@ -259,6 +259,11 @@ def test_arms_answer_as_the_target_does(runs):
         assert torch.equal(value, pair.draft_model.state_dict()[name]), name
 
 
+def test_a_tuned_draft_has_no_score(runs, tmp_path, capsys):
+    assert xspec("score", tmp_path, "--run", runs, "--level", "L6") == 2
+    assert "is a tuned draft (L6), no adapter" in " ".join(capsys.readouterr().err.split())
+
+
 def test_arms_are_chosen_and_missing_ones_named(runs, tmp_path):
     assert trained_arms(None) == ([], [])
     assert trained_arms(runs, "L6") == ([], ["constant", "l6", "l6_hidden"])
@@ -344,7 +349,7 @@ def test_bad_input_is_one_line(scenes, tmp_path, capsys, monkeypatch):
     (folder / "model.safetensors").write_bytes(b"no weights")
     refused("cannot be used", "--draft", folder, file=good)
     monkeypatch.setitem(sys.modules, "peft", None)
-    refused("pip install 'xspec-kernels[adapters]'", file=good)
+    refused("pip install 'peft>=0.18'", file=good)
 
 
 def text_pairs(folder: Path) -> Path:

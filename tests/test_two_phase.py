@@ -154,7 +154,7 @@ def test_combinations_are_named_and_those_that_make_none_refused(runs):
     assert {"l4_b1", "l4_l5f_hidden", "tree_l4"} < set(every)
     assert not any("eagle" in arm for arm in every) and "TREE+EAGLE" in COMBINED
     for chosen in ("B1+L4", "L4+L5", "B1+L5F", "L4+", "L4+B1+L5F", "TREE", "TREE+", "L4+TREE"):
-        with pytest.raises(ValueError, match=r"\+ any of these; got"):
+        with pytest.raises(ValueError, match=r"TREE\+ one or two of L1 to EAGLE; got"):
             state_arms(runs, chosen)
     with pytest.raises(FileNotFoundError, match="EAGLE"):
         state_arms(runs, "L4+EAGLE")

@@ -29,7 +29,7 @@ Drafts from small networks
 Beside them
     info, require_backend   what is installed, what runs where
     Workspace               scratch of one decoder on one stream
-    interleave_gate, rope_table, read_record   the ops' data formats
+    interleave_gate, rope_table, read_record, await_record   the ops' data formats
 
 Every op takes `backend="auto" | "torch" | "triton"`; tree_mask, verify_greedy and kv_commit "cuda"
 too. `torch` is the reference.
@@ -81,6 +81,7 @@ from xspec_kernels.kernels.verify_tail import (
     TOKENS,
     TailRecord,
     TailResult,
+    await_record,
     read_record,
     verify_tail,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "Workspace",
     "adapter_forward",
     "adapter_tail",
+    "await_record",
     "embed",
     "exact",
     "info",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,8 +109,8 @@ def command(group: typer.Typer, less_memory: str = "") -> Callable[[Callable], C
 
 
 def script_command() -> str:
-    """The command line of a script, for its results."""
-    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    """The command line of a script, for its results; a shell takes it as it is."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 @contextmanager
@@ -231,7 +232,7 @@ def doctor() -> None:
     """Say what is installed, which backend `auto` picks and why, and where caches are."""
     from .doctor import doctor as examine
 
-    if not examine(Console()):
+    if not examine(Console(soft_wrap=True)):
         sys.exit(1)
 
 

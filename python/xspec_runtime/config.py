@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from .drafters.base import MAX_ROWS
@@ -46,6 +48,13 @@ class SpecConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raises `ValueError` naming the first field that is wrong."""
+        for name in ("rows", "max_new_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        ends = self.eos_token_ids
+        if not isinstance(ends, Collection) or not all(isinstance(end, Integral) for end in ends):
+            raise ValueError(f"eos_token_ids must be token ids as in (2,), got {ends!r}")
         if not 1 <= self.rows <= MAX_ROWS:
             raise ValueError(f"rows must be in 1..{MAX_ROWS}, got {self.rows}")
         if self.max_new_tokens < 1:

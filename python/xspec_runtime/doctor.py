@@ -12,6 +12,8 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
+from .tables import print_wide
+
 # name, oldest supported, first unsupported, what it is for
 SUPPORTED = (
     ("torch", "2.11", None, "everything"),
@@ -22,10 +24,11 @@ SUPPORTED = (
     ("nvtx", "0.2.12", None, "ranges in a profiler"),
     ("av", "12", None, "video files"),
     ("matplotlib", "3.8", None, "plots"),
+    ("peft", "0.18", None, "xspec train lora"),
     ("bitsandbytes", "0.50", None, "NF4 checkpoints"),
     ("flash-attn", "2.6", None, "prefill"),
 )
-OPTIONAL = {"nvtx", "av", "matplotlib", "bitsandbytes", "flash-attn"}
+OPTIONAL = {"nvtx", "av", "matplotlib", "peft", "bitsandbytes", "flash-attn"}
 
 
 def doctor(console: Console) -> bool:
@@ -53,7 +56,7 @@ def _packages(console: Console) -> bool:
         good = plain >= Version(low) and (high is None or plain < Version(high))
         healthy &= good
         table.add_row(name, found if good else f"{found} (not supported)", wanted, purpose)
-    console.print(table)
+    print_wide(console, table)
     return healthy
 
 
@@ -70,7 +73,7 @@ def _backends(console: Console) -> bool:
     table = Table("op", "auto on CPU", "auto on CUDA", title="Backends")
     for op, choice in info["auto"].items():
         table.add_row(op, choice["cpu"], choice["cuda"])
-    console.print(table)
+    print_wide(console, table)
     console.print(
         "auto takes the C++ version on the CPU where it is built, Triton on CUDA where it is "
         "installed, else torch; no CUDA C++ kernel until its check on a GPU is recorded. "

@@ -141,6 +141,8 @@ class Options:
 
     def _check_together(self) -> None:
         names = self.arm_names()
+        if self.arms and not names:
+            raise ValueError(f"--arms names no arm, got {self.arms!r}")
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"--arms names {twice[0]} more than once")
         if parse_temperatures(self.temperature):

@@ -4,6 +4,8 @@ path.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
@@ -72,9 +74,14 @@ class KVCache(Cache):
     A forward pass writes its rows at ``length ..``; nothing counts as committed until `advance`
     (prefill, plain steps) or `commit` (a verified tree) says so, so a rejected row costs nothing to
     drop.
+
+    Raises:
+        ValueError: `capacity` is no number of rows.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
+        if not isinstance(capacity, Integral) or capacity < 1:
+            raise ValueError(f"capacity must be an integer of at least 1, got {capacity!r}")
         self.capacity = capacity
         self.length = 0
         super().__init__(layers=[KVLayer(self) for _ in range(num_layers)])

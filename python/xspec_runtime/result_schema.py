@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from .files import read_json
 
 SCHEMA = "xspec.e2e/1"
 ENVIRONMENT = (
@@ -22,6 +25,20 @@ STAGES = (
 )
 BY_ACCEPTED_NUMBERS = ("samples", "share", "median_speedup", "slower")
 VERDICTS = ("slower", "breakeven", "faster")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results.json of an end-to-end run.
+
+    Raises:
+        FileNotFoundError, ValueError: it is none; the message names it.
+    """
+    results = read_json(path, "end-to-end results")
+    try:
+        validate_results(results)
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of bench/e2e.py: {error}") from None
+    return results
 
 
 def validate_results(results: Mapping[str, Any]) -> None:

@@ -31,7 +31,8 @@ def rope_table(
     """
     if inv_freq.dim() != 1 or not inv_freq.numel() or not inv_freq.is_floating_point():
         raise ValueError(
-            f"rope_table: inv_freq is {inv_freq.dtype} {list(inv_freq.shape)}, expected floats [D/2]"
+            f"rope_table: inv_freq is {inv_freq.dtype} {list(inv_freq.shape)}, expected [D/2] of "
+            "floats"
         )
     if positions < 1:
         raise ValueError(f"rope_table: positions must be at least 1, got {positions}")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from xspec_kernels import _native
 from xspec_kernels._dispatch import check_nodes, check_tensor, register
 from xspec_kernels.kernels._verify_tail_triton import launch_accept
 from xspec_kernels.kernels.kv_commit import check_caches, kv_commit, launch_commit
@@ -51,6 +52,13 @@ class TailRecord(NamedTuple):
     near_ties: int
     length: int
     tokens: list[int]
+
+
+def await_record(record: torch.Tensor, request: int, before: int, microseconds: int) -> bool:
+    """Look at the SEQUENCE word of one row of a record in host memory until it is not `before`;
+    False once the time is over. Other Python threads run meanwhile.
+    """
+    return _native.await_change(record[request, SEQUENCE], before, microseconds)
 
 
 def read_record(record: torch.Tensor, request: int = 0) -> TailRecord:

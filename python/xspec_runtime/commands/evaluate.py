@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ def evaluate(
     words = (os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:])
     options = EvaluateOptions(
         pairs, train, folds, by_drive, gamma, rows, sources, sizes, limit, scenes, seed, backend,
-        output_dir, resume, " ".join(["xspec", *words]),
+        output_dir, resume, shlex.join(["xspec", *words]),
     )  # fmt: skip
     with progress_bar("reading") as show:
         results = measure(options, show)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..cli import Group, app, command, progress_bar
+from .train_run import options_named
 
 train = typer.Typer(cls=Group, no_args_is_help=True, help="Train drafters on recorded answers.")
 app.add_typer(train, name="train")
@@ -19,8 +20,8 @@ def head(
     pairs: Annotated[Path, typer.Argument(help="Recorded pairs (.jsonl, or published .json).")],
     destination: Annotated[Path, typer.Argument(help="File for the head (.safetensors).")],
     width: Annotated[int, typer.Option(help="Of the recurrent layer.")] = 128,
-    epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = 14,
-    held_out: Annotated[
+    num_epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = 14,
+    val_split: Annotated[
         float, typer.Option(help="Share of the answers, the last ones, that only calibrate.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
@@ -32,7 +33,8 @@ def head(
     from ..data.pairs import VOCAB_SIZE, read_pairs
     from ..files import check_output
 
-    plan = HeadTraining(epochs, held_out=held_out, seed=seed)
+    with options_named():
+        plan = HeadTraining(num_epochs, held_out=val_split, seed=seed)
     answers = [pair.target for pair in read_pairs(pairs, limit)]
     state = destination.with_suffix(".state.pt")
     for path in (destination, state):

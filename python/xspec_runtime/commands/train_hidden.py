@@ -124,6 +124,7 @@ def score(
     from ..adapters.mini.texts import write_scene_pairs
     from ..adapters.scoring.report import figures_table, score_test
     from ..adapters.scoring.text import is_text_adapter, score_text_test
+    from ..adapters.training.draft_folder import DRAFT_LEVELS
     from ..adapters.training.runs import adapter_folder, run_record
     from ..adapters.training.states import open_states, read_head
     from ..files import check_output, write_json
@@ -131,6 +132,8 @@ def score(
     if json_file:
         check_output(json_file)
     folder = adapter_folder(adapter, run, level)
+    if (found := run_record(folder).get("level")) in DRAFT_LEVELS:
+        raise ValueError(f"{folder} is a tuned draft ({found}), no adapter: bench/e2e.py runs it")
     head = read_head(target)
     loaded = load_adapter(folder, head.shape[0])
     texts = is_text_adapter(loaded)

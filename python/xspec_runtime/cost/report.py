@@ -234,11 +234,14 @@ def fill_page(page: Path, folder: Path, modelled: Results, check: bool = False) 
         check: only compare.
 
     Raises:
-        ValueError: a table has no results, or `check` found a difference.
+        ValueError: there is no table, one has no results, or `check` found a difference.
     """
     text, cards = read_text(page), ",".join(modelled["cards"])
     before = text
-    for name in re.findall(r"<!-- table: (\w+) -->", text):
+    names = re.findall(r"<!-- table: (\w+) -->", text)
+    if not names:
+        raise ValueError(f"{page} has no tables")
+    for name in names:
         if name in _MEASURED:
             file, render = _MEASURED[name]
             results = read_json(folder / file, "measured results")

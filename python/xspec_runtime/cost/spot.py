@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..e2e import Options, run_e2e
+from ..files import read_json
 from ..targets.llama_weights import LlamaShape
 from ..verify_cost.measure import run_verify
 from ..verify_cost.options import VerifyOptions
+from ..verify_cost.report import SCHEMA
 from ..verify_cost.stage import find_config
 from .modelled import WEIGHTS, modelled_results
 
@@ -29,6 +31,19 @@ def spot_verify(folder: Path) -> dict:
         backends="transformers", repeats=5, output_dir=folder / "verify",
     )  # fmt: skip
     return run_verify(options)
+
+
+def read_verify(path: Path) -> dict:
+    """The results.json of `bench/verify.py`.
+
+    Raises:
+        FileNotFoundError, ValueError: it is none; the message names it.
+    """
+    results = read_json(path, "results of bench/verify.py")
+    known = isinstance(results, dict) and results.get("schema") == SCHEMA
+    if not known or not isinstance(results.get("verify"), list):
+        raise ValueError(f"{path} is no result of bench/verify.py: expected schema {SCHEMA}")
+    return results
 
 
 def numbers(option: str, text: str, most: int) -> tuple[int, ...]:

@@ -143,7 +143,11 @@ def check(dataset: Dataset, read: bool = False) -> list[str]:
     """
     faults = []
     for clip in dataset.clips:
-        faults += [f"{path}: missing" for path in (clip.events, *clip.images) if not path.is_file()]
+        for path in (clip.events, *clip.images):
+            if not path.is_file():
+                faults.append(f"{path}: missing")
+            elif not path.stat().st_size:
+                faults.append(f"{path}: empty")
         pictures = clip.frames.is_dir() and any(
             path.suffix.lower() in IMAGE_SUFFIXES for path in clip.frames.iterdir()
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .. import hf
 from ..drafters.base import DraftTree, Request
 from ..hf.kept import kept_for, new_memory
+from ..prefill import placeholder_ids
 from .material import Prompt
 
 PLAIN, AGAIN, LOOKUP, LOOKUP_PACKED = "generate", "generate again", "lookup", "lookup packed"
@@ -106,7 +107,9 @@ class Arms:
         if name in (PLAIN, AGAIN):
             return {}
         if name in (LOOKUP, LOOKUP_PACKED):
-            return self.lookup
+            # A copied placeholder would be taken for media by the model.
+            media = sorted(placeholder_ids(self.model.config))
+            return {**self.lookup, **({"suppress_tokens": media} if media else {})}
         own: dict[str, Any] = {"custom_generate": hf.generate, "xspec_rows": self.rows}
         return (
             own

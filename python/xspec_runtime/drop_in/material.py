@@ -35,6 +35,8 @@ def material(
         ValueError: the file is not a list of questions with groups, or a prompt is too long.
     """
     if target == EMBEDDED:
+        if prompts is not None:
+            raise ValueError(f"--prompts goes with a model in a folder, not with {EMBEDDED}")
         return _embedded(samples)
     folder = Path(target)
     if not (folder / "config.json").is_file():

@@ -15,7 +15,7 @@ ARMS = (
     *("ngram", "ngram_tree", "tree"),
 )
 SAMPLES, TOKENS = 12, 128
-TINY_ARMS = ("target", "hf_generate", "adapter_tail", "ngram_tree")
+TINY_ARMS = ("target", "hf_generate", "hf_assisted", "adapter_tail", "ngram_tree")
 # Of the table of `bench/e2e.py`; the rest is for plots.
 LEFT_OUT = ("timeline", "by_accepted", "accept_histogram")
 

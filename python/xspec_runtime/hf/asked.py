@@ -25,6 +25,7 @@ from transformers.generation import (
 )
 
 from ..drafters.base import MAX_ROWS
+from ..drafters.ngram import NgramMemory
 
 # Warpers that the sampling ops do, in the order in which they do them.
 _LAW = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
@@ -164,6 +165,11 @@ def check(
     rows = own["xspec_rows"]
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"xspec_rows must be in 1..{MAX_ROWS}, got {rows}")
+    memory = own["xspec_memory"]
+    if not isinstance(memory, bool | NgramMemory):
+        raise ValueError(
+            f"xspec_memory must be True, False or an NgramMemory, got {type(memory).__name__}"
+        )
 
 
 def _of_prompt(processor: LogitsProcessor, index: int) -> LogitsProcessor:

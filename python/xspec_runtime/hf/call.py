@@ -72,7 +72,8 @@ def generate(
     """
     config = generation_config or model.generation_config
     own = {
-        "xspec_rows": xspec_rows, "xspec_drafter": xspec_drafter, "xspec_streamer": xspec_streamer,
+        "xspec_rows": xspec_rows, "xspec_drafter": xspec_drafter, "xspec_memory": xspec_memory,
+        "xspec_streamer": xspec_streamer,
     }  # fmt: skip
     check(model, input_ids, config, logits_processor or (), model_kwargs, own)
     asked = Asked.of(input_ids, logits_processor, stopping_criteria, config)

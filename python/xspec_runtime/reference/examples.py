@@ -18,7 +18,7 @@ EXAMPLES = {
     "xspec stages": "xspec stages --dataset-dir data --duration all --max-new-tokens 20,50,100",
     "xspec star": "xspec star runs/l4",
     "xspec tokens": "xspec tokens pairs.json --tokenizer mini --inspect inspect",
-    "xspec train head": "xspec train head pairs.jsonl head.safetensors --epochs 14",
+    "xspec train head": "xspec train head pairs.jsonl head.safetensors --num-epochs 14",
     "xspec train hidden": (
         "xspec train hidden --states states --pairs pairs.json --level L4 --output-dir runs/l4"
     ),
@@ -28,7 +28,10 @@ EXAMPLES = {
     "xspec vocab": "xspec vocab eventgpt-7b Video-LLaVA-7B-hf --apply pairs.json",
     "python bench/compile_table.py": "python bench/compile_table.py --check",
     "python bench/cost_model.py": "python bench/cost_model.py --card h200,4090 --rows 1,22,64",
-    "python bench/drop_in.py": "python bench/drop_in.py --target build/smollm2 --samples 6",
+    "python bench/drop_in.py": (
+        "python bench/drop_in.py --target build/smollm2 --prompts bench/prompts/grounded.json "
+        "--samples 6"
+    ),
     "python bench/e2e.py": "python bench/e2e.py --gamma 5 --samples 8",
     "python bench/full_size.py": "python bench/full_size.py --weights nf4 --rows 22",
     "python bench/gpu_suite.py": "python bench/gpu_suite.py --out results/gpu",
@@ -40,6 +43,6 @@ EXAMPLES = {
     "python bench/replay.py": "python bench/replay.py pairs.jsonl --rows 6,16 --json replay.json",
     "python bench/smollm2.py": "python bench/smollm2.py --to build/smollm2",
     "python bench/soak.py": "python bench/soak.py --minutes 2 --seed 7",
-    "python bench/stages.py": "python bench/stages.py --dataset-dir data --max-samples 3",
+    "python bench/stages.py": "python bench/stages.py --dataset-dir data --duration 1s",
     "python bench/verify.py": "python bench/verify.py --config mini --rows 1,6,22",
 }

@@ -66,6 +66,8 @@ class RegretOptions:
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+        if self.limit is not None and not self.pairs:
+            raise ValueError("limit goes with pairs")
         names = [name.strip() for name in self.arms.split(",") if name.strip()]
         if unknown := set(names) - set(OURS):
             raise ValueError(f"unknown arms {sorted(unknown)}; there are {', '.join(OURS)}")

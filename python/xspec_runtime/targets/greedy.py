@@ -188,9 +188,16 @@ def check_ids(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """`input_ids` of one request.
 
     Raises:
-        ValueError: they are not ``[1, L]``.
+        ValueError: there are none, or they are no integers ``[1, L]``.
     """
-    ids = inputs["input_ids"]
-    if ids.dim() != 2 or ids.shape[0] != 1:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(
+            'inputs must be a mapping with a tensor under "input_ids", got '
+            f"{type(inputs if ids is None else ids).__name__}"
+        )
+    if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise ValueError(f"input_ids must be [1, length], got shape {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {ids.dtype}")
     return ids

@@ -13,12 +13,12 @@ from xspec_kernels import (
     SEQUENCE,
     TOKENS,
     TailResult,
+    await_record,
     ranges,
     read_record,
     tree_mask,
     verify_tail,
 )
-from xspec_kernels._native import await_change
 
 from ..drafters.base import MAX_ROWS, ON_DEVICE, DraftTree
 from .greedy import Verdict
@@ -91,7 +91,6 @@ class RoundBuffers:
         self._root = torch.zeros(batch, dtype=torch.int64, device=device)
         self._sequence = torch.zeros_like(self._root)
         self._record = torch.zeros(batch, TOKENS + MAX_ROWS, dtype=torch.int64, pin_memory=pinned)
-        self._numbers = self._record[:, SEQUENCE].unbind()
         self._unread: list[int] | None = None
 
     def write(
@@ -234,9 +233,9 @@ class RoundBuffers:
         """Until every request of the last launch has its record; no CUDA call waits."""
         before, self._unread = self._unread or (), None
         deadline = perf_counter() + _LIMIT
-        for word, number in zip(self._numbers, before, strict=False):
-            while not await_change(word, number, _SLICE):
-                if self._idle() and not await_change(word, number, 0):
+        for request, number in enumerate(before):
+            while not await_record(self._record, request, number, _SLICE):
+                if self._idle() and not await_record(self._record, request, number, 0):
                     raise RuntimeError("the device is idle and has published no decision")
                 if perf_counter() > deadline:
                     raise RuntimeError(f"no decision after {_LIMIT:.0f} s: a kernel hangs")

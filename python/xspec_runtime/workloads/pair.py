@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,6 +239,7 @@ class MiniPair:
 
         def assisted() -> Arm:
             assistant = self._load("assistant")
+            assistant.generate = partial(_text_only, assistant.generate)
             assistant.generation_config.num_assistant_tokens = s.gamma
             assistant.generation_config.num_assistant_tokens_schedule = "constant"
             assistant.generation_config.assistant_confidence_threshold = 0.0
@@ -293,3 +295,12 @@ class MiniPair:
             else value.to(device)
             for key, value in inputs.items()
         }
+
+
+def _text_only(
+    generate: Callable[..., Any], *inputs: Any, pixel_values_videos: Any = None, **options: Any
+) -> Any:
+    """`generate` of a model without eyes: transformers 5.17 hands an assistant the target's frames,
+    too.
+    """
+    return generate(*inputs, **options)

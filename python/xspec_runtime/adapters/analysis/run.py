@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ...files import read_json, write_json, write_text
-from ...result_schema import validate_results
+from ...files import write_json, write_text
+from ...result_schema import read_results
 from ..alignment import EAGLE, STATE_LEVELS
 from ..checkpoint import load_adapter
 from ..hidden import READS_DRAFT
@@ -97,11 +97,7 @@ def live_figures(path: Path | None) -> dict[str, dict[str, float | None]]:
     """
     if path is None:
         return {}
-    results = read_json(path, "end-to-end results")
-    try:
-        validate_results(results)
-    except ValueError as error:
-        raise ValueError(f"{path} is no result of bench/e2e.py: {error}") from None
+    results = read_results(path)
     return {
         arm["name"]: {
             "speedup": arm["speedup_total"],

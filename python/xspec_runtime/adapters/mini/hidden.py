@@ -17,7 +17,9 @@ from ...targets.base import Target
 from ..alignment import AHEAD, STATE_LEVELS
 from ..checkpoint import adapter_config, load_adapter
 from ..hidden import READS_TARGET
+from ..training.draft_folder import DRAFT_LEVELS
 from ..training.runs import find_run, levels, run_record
+from ..training.text import TEXT_LEVELS
 from .pair import HIDDEN
 from .states import DRAFT
 
@@ -101,9 +103,10 @@ def _levels(name: str) -> list[str]:
     parts = name.removeprefix("TREE+").split("+")
     ahead = [part in AHEAD for part in parts]
     if set(parts) - set(STATE_LEVELS) or (len(parts) > 1 and ahead != [False, True]):
+        known = ", ".join((*TEXT_LEVELS, *DRAFT_LEVELS, *STATE_LEVELS))
         raise ValueError(
-            f"--adapter-level must be of {', '.join(STATE_LEVELS)}, one of L1 to L5 + one of "
-            f"{', '.join(AHEAD)}, or TREE+ any of these; got {name!r}"
+            f"--adapter-level must be of {known}, one of L1 to L5 + one of {', '.join(AHEAD)}, or "
+            f"TREE+ one or two of L1 to EAGLE; got {name!r}"
         )
     return parts
 

@@ -50,6 +50,10 @@ def trained_arms(
     others = [name for name in names if name not in LEVELS]
     if folder is None:
         return state_arms(None, chosen), []
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder of trained adapters not found: {folder}")
+    if not names and not levels(folder):
+        raise FileNotFoundError(f"{folder} holds no run of `xspec train`")
     if not names:
         trained = set(levels(folder, which))
         own = [level for level in LEVELS if level in trained]

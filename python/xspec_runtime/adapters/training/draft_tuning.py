@@ -94,7 +94,7 @@ def import_peft() -> ModuleType:
         import peft
     except ImportError as error:
         raise ImportError(
-            "tuning by low-rank changes needs peft: pip install 'xspec-kernels[adapters]'"
+            "tuning by low-rank changes needs peft: pip install 'peft>=0.18'"
         ) from error
     return peft
 
