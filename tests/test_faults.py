@@ -187,7 +187,7 @@ BAD = (
     ({"input_ids": ONES[0]}, {}, ValueError, "input_ids must be"),
     ({"input_ids": ONES + VOCAB}, {}, (IndexError, ValueError, RuntimeError), "range|must be in 0"),
     ({"input_ids": ONES}, {"drafted": [-1]}, ValueError, "drafted ids must be"),
-    ({}, {}, KeyError, "input_ids"),
+    ({}, {}, ValueError, "input_ids"),
 )
 
 
