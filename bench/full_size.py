@@ -10,7 +10,8 @@ from rich.console import Console
 
 from xspec_runtime.cli import command, script_command
 from xspec_runtime.files import check_output, write_json
-from xspec_runtime.full_size.run import Options, run_full_size
+from xspec_runtime.full_size.options import Options
+from xspec_runtime.full_size.run import run_full_size
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -21,8 +21,9 @@ from xspec_runtime.drafters.ngram import NgramDrafter
 from xspec_runtime.engine import SpeculativeDecoder
 from xspec_runtime.full_size.adapters import state_pass, token_adapter_tail
 from xspec_runtime.full_size.imposed import ImposedTarget, ImposedTree, imposed_drafts, script
+from xspec_runtime.full_size.options import Options
 from xspec_runtime.full_size.oracle import Oracle, oracles_of_pairs, read_oracle
-from xspec_runtime.full_size.run import Options, run_full_size
+from xspec_runtime.full_size.run import run_full_size
 from xspec_runtime.targets.llama import LlamaTarget
 from xspec_runtime.targets.llama_weights import LlamaWeights
 

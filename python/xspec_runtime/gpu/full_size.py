@@ -27,17 +27,18 @@ def parts(options: Options) -> list[Part]:
 def arms(weights: str, context: Context) -> Iterator[dict]:
     """Figures of every arm; see `xspec_runtime.full_size.run`."""
     need_transformers()
-    from ..full_size import run
+    from ..full_size.options import Options as Asked
+    from ..full_size.run import run_full_size
 
     options, pairs = context.options, context.options.bundle / RECORDINGS[0]
     if options.dry_run:
-        asked = run.Options(weights, "tiny", device="cpu", seed=options.seed)
+        asked = Asked(weights, "tiny", device="cpu", seed=options.seed)
     elif pairs.is_file():
         counts = options.bundle / DRAFT_ACCEPTED
-        asked = run.Options(weights, pairs=pairs, device=options.device, seed=options.seed)
+        asked = Asked(weights, pairs=pairs, device=options.device, seed=options.seed)
         if counts.is_file():
             asked = replace(asked, draft_oracle=counts, gamma=RECORDED_GAMMA)
     else:
         raise Skip(f"{pairs} is not there: accepted lengths are recorded ones")
-    found = run.run_full_size(asked, context.log)
+    found = run_full_size(asked, context.log)
     yield {key: found[key] for key in ("notice", "oracles", "skipped", "shape", "arms")}
